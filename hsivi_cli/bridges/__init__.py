@@ -1,0 +1,1 @@
+"""Bridges: noise schedules and grids between the base and the target."""

@@ -1,0 +1,66 @@
+"""The command tree. Command modules import nothing heavy at module level, so `hsivi --help` stays fast."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+import hsivi_cli
+from hsivi_cli.cli import console, distill, env, evaluate, inspect, sample, train
+from hsivi_cli.errors import HsiviError
+
+app = typer.Typer(
+    name="hsivi",
+    help="Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("distill")(distill.distill)
+app.command("sample")(sample.sample)
+app.command("evaluate")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("env")(env.env)
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.result_line(f"hsivi {hsivi_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (0, 1, 2, 3 or 130; see `errors`)."""
+    try:
+        code = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="hsivi", standalone_mode=False)
+    except HsiviError as err:
+        console.error(str(err))
+        return err.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.error("interrupted")
+        return 130
+    except typer.TyperException as err:
+        console.error(f"{err.format_message()} (see 'hsivi --help')" if hasattr(err, "format_message") else str(err))
+        return 2
+    except BrokenPipeError:
+        # the reader of our stdout went away, as in `hsivi sample --out - | head -c 1`; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as err:
+        where = f" {err.filename}" if err.filename else ""
+        console.error(f"{err.strerror or err}:{where}" if where else str(err))
+        return 1
+    except MemoryError:
+        console.error("out of memory: lower --batch-size")
+        return 1
+    return code if isinstance(code, int) else 0

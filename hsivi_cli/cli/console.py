@@ -1,0 +1,76 @@
+"""The only place that writes to stdout or stderr: stdout is the result, stderr is the story."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def story(message: str) -> None:
+    """One line of the story, to stderr; markup is not interpreted, so paths with brackets survive."""
+    _stderr.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """A warning, to stderr."""
+    _stderr.print(f"warning: {message}", markup=False, style="yellow")
+
+
+def error(message: str) -> None:
+    """The one line a failed command ends with, to stderr."""
+    _stderr.print(f"error: {message}", markup=False, style="red")
+
+
+def result_json(payload: dict[str, Any]) -> None:
+    """Print one JSON object as the result, to stdout; not-a-number becomes null so that every parser reads it."""
+    sys.stdout.write(json.dumps(_finite(payload), allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def result_line(line: str) -> None:
+    """Print one plain line of the result, to stdout."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def result_bytes(data: bytes) -> None:
+    """Stream binary results to stdout."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def result_table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
+    """Print a table as the result, to stdout."""
+    table = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
+    for name in header or tuple("" for _ in rows[0]):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Any]:
+    """A bar on stderr where stderr is a terminal; yields `advance(n)`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,31 @@
+"""Options that several subcommands share, so that they read the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed; one independent stream a sample.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a network call; never changes the images.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Solver = Annotated[str | None, typer.Option("--solver", help="Sample a teacher: ddim, dpm++, unipc, deis or ddpm.")]
+OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+
+
+def resolve_device(device: str, threads: int = 0) -> str:
+    """Turn `auto` into a device, set the thread count, and refuse a device that is not there (InputError)."""
+    import torch
+
+    from hsivi_cli.errors import InputError
+
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise InputError(f"--device {device} is not available here: use --device auto or cpu") from err
+    return device

@@ -1,0 +1,46 @@
+"""Random numbers that depend on names, never on the batch: a step's generator and a sample's noise stream.
+
+Training draws everything of step `i` from a generator seeded by `(seed, stream, i)`, so a resumed run needs no saved
+generator state. Sampling draws sample `j` from its own Philox stream keyed by `(seed, j)`, so images do not change with
+the batch size or the number of processes.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What a generator is for; streams with different names never share numbers."""
+
+    INIT = 0
+    TRAIN = 1
+    PREVIEW = 2
+
+
+def generator(seed: int, stream: Stream, *key: int, device: str = "cpu") -> torch.Generator:
+    """A generator for `(seed, stream, *key)`."""
+    state = np.random.SeedSequence((seed, int(stream), *key)).generate_state(1, np.uint32)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+class NoiseStreams:
+    """Standard normal noise, one independent counter-based stream a sample.
+
+    `NoiseStreams(seed, indices)` serves the samples with these indices; call `draw(shape)` once for the starting noise
+    and once a layer. Draws are made on the CPU, so that a seed names the same image on every device.
+    """
+
+    def __init__(self, seed: int, indices: Iterable[int]) -> None:
+        self._streams = [np.random.Generator(np.random.Philox(key=np.array([seed, j], np.uint64))) for j in indices]
+
+    def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Float[Tensor, "n *shape"]:
+        """The next noise of every sample, shape `(n, *shape)`, float32."""
+        noise = np.empty((len(self._streams), *shape), np.float32)
+        for row, stream in zip(noise, self._streams, strict=True):
+            stream.standard_normal(dtype=np.float32, out=row)
+        return torch.from_numpy(noise).to(device)

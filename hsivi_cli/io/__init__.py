@@ -1,0 +1,1 @@
+"""Files: atomic writes, images, data sets, tables, hashes."""

@@ -1,0 +1,113 @@
+"""Atomic writes, hashes and JSON: a reader sees the old file or the new one, never half of one."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hsivi_cli.errors import InputError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure removed.
+
+    Raises InputError if the folder is missing or cannot be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except PermissionError as err:
+        raise InputError(f"cannot write {path}: permission denied") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside `path`; on success it takes the name `path`, on failure it is removed.
+
+    Raises InputError if `path` exists and is not an empty directory, unless `overwrite`.
+    """
+    path = Path(os.path.abspath(path))
+    occupied = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if occupied and not overwrite:
+        raise InputError(f"{path} exists already: choose another path or remove it first")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    temporary = _temporary_name(path)
+    retired = temporary.with_name(temporary.name + ".old")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except PermissionError as err:
+        raise InputError(f"cannot write {path}: permission denied") from err
+    finally:
+        if not path.exists() and retired.exists():
+            os.replace(retired, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write a JSON object atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises InputError if the file is missing, is not JSON, or is not an object."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise InputError(f"{path} does not exist") from err
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as err:
+        raise InputError(f"{path} cannot be read as JSON ({err})") from err
+    if not isinstance(payload, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return payload
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def asset(name: str) -> Path:
+    """Path of a shipped asset, in an installed wheel or in a checkout; raises InputError if it is not there."""
+    package = Path(__file__).resolve().parent.parent
+    for root in (package / "assets", package.parent / "assets"):
+        if (root / name).exists():
+            return root / name
+    raise InputError(f"the shipped asset {name} is missing from this installation: reinstall hsivi")
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
