@@ -1,0 +1,191 @@
+"""A distilled student on disk and in memory, and how to draw from it.
+
+A student is a diffusers directory: `unet/` opens with plain `UNet2DModel.from_pretrained`; `log_gamma.safetensors` holds
+the learned noise levels; `hsivi.json` holds the grid, eta, the schedule and where it all came from.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+import hsivi_cli
+from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import atomic_directory, asset, read_json, write_json
+from hsivi_cli.targets.score_net import WEIGHTS, image_shape, load_unet
+from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+FORMAT = 1
+DESCRIPTION = "hsivi.json"
+LOG_GAMMA = "log_gamma.safetensors"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A few-step sampler: `unet` predicts the noise in each layer, `log_gamma` scales the layer's own noise.
+
+    `log_gamma` is a scalar, a map `(C, H, W)` or a map a layer `(K, C, H, W)`. `description` is `hsivi.json`.
+    """
+
+    unet: "UNet2DModel"
+    log_gamma: Float[Tensor, "..."]
+    grid: tuple[int, ...]
+    eta: float
+    schedule: NoiseSchedule
+    description: dict[str, Any]
+    path: Path | None = None
+    sha256: str = ""
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs: the number of layers."""
+        return len(self.grid) - 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return image_shape(self.unet)
+
+    @property
+    def layers(self) -> LayerCoefficients:
+        """Coefficients of the student's layers."""
+        return layer_coefficients(self.grid, self.eta, self.schedule)
+
+
+@torch.no_grad()
+def sample_student(student: Student, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+    """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise (hsivi.md, section 2)."""
+    device = next(student.unet.parameters()).device
+    return walk_chain(
+        lambda x, t: student.unet(x, t).sample,
+        student.log_gamma.to(device),
+        student.layers,
+        lambda: noise.draw(student.shape, device),
+    )
+
+
+def walk_chain(
+    student_eps: Callable[[Tensor, Tensor], Tensor],
+    log_gamma: Float[Tensor, "..."],
+    layers: LayerCoefficients,
+    draw: Callable[[], Float[Tensor, "n *shape"]],
+    visit: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Float[Tensor, "n *shape"]:
+    """Sample every layer from `x_K = draw()` down to `x_0`, without noise in the last.
+
+    `visit(k, x_k, eps_k)` sees each layer's input and the student's prediction there.
+    """
+    x = draw()
+    for layer in range(layers.nfe, 0, -1):
+        k = torch.full((len(x),), layer)
+        eps = student_eps(x, layers.times[layer].to(x.device))
+        if visit is not None:
+            visit(layer, x, eps)
+        x = layer_mean(x, eps, k, layers)
+        if layer > 1:
+            x = x + layer_std(log_gamma, k, layers, x) * draw()
+    return x
+
+
+def save_student(student: Student, path: Path) -> None:
+    """Write a student directory in one atomic step, replacing an older one."""
+    from safetensors.torch import save_file
+
+    with atomic_directory(path, overwrite=True) as directory:
+        student.unet.save_pretrained(directory / "unet", safe_serialization=True)
+        save_file({"log_gamma": student.log_gamma.detach().cpu().contiguous()}, directory / LOG_GAMMA)
+        fields = {"format": FORMAT, "nfe": student.nfe, "grid": list(student.grid), "eta": student.eta}
+        fields |= {"schedule": student.schedule.config, "hsivi_version": hsivi_cli.__version__}
+        write_json(directory / DESCRIPTION, fields | student.description)
+
+
+def load_student(path: Path, device: str = "cpu") -> Student:
+    """Load a student directory; raises InputError naming the file at fault."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    fields = read_json(path / DESCRIPTION)
+    if fields.get("format") != FORMAT:
+        raise InputError(f"{path / DESCRIPTION}: format {fields.get('format')!r} is not {FORMAT}: upgrade hsivi")
+    try:
+        schedule = schedule_from_config(fields["schedule"], where=str(path / DESCRIPTION))
+        grid = make_grid([int(t) for t in fields["grid"]], int(fields["nfe"]), schedule)
+        eta = float(fields["eta"])
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise InputError(f"{path / DESCRIPTION} is not a student's description: {err!r}") from err
+    unet = load_unet(path / "unet").to(device).eval().requires_grad_(False)
+    try:
+        log_gamma = load_file(path / LOG_GAMMA)["log_gamma"]
+    except (SafetensorError, OSError, KeyError, ValueError) as err:
+        raise InputError(f"{path / LOG_GAMMA} is missing or damaged ({err})") from err
+    shape = image_shape(unet)
+    if tuple(log_gamma.shape) not in ((), shape, (len(grid) - 1, *shape)) or not bool(log_gamma.isfinite().all()):
+        raise InputError(f"{path / LOG_GAMMA}: shape {tuple(log_gamma.shape)} does not fit images of {shape}, or not finite")
+    return Student(unet, log_gamma.to(device), grid, eta, schedule, fields, path, student_sha256(path))
+
+
+def student_sha256(path: Path) -> str:
+    """Hash of everything a student computes with: weights, noise levels and description."""
+    digest = hashlib.sha256()
+    for name in (f"unet/{WEIGHTS}", LOG_GAMMA, DESCRIPTION):
+        digest.update((path / name).read_bytes())
+    return digest.hexdigest()
+
+
+def find_students(path: Path) -> dict[int, Path]:
+    """Students in a run directory, by NFE; a student directory is its own only student."""
+    if (path / DESCRIPTION).is_file():
+        return {int(read_json(path / DESCRIPTION).get("nfe", 0)): path}
+    candidates = sorted(path.glob(f"*/{DESCRIPTION}")) if path.is_dir() else []
+    return dict(sorted((int(read_json(file).get("nfe", 0)), file.parent) for file in candidates))
+
+
+def select_student(path: Path | None, nfe: int | None) -> Path:
+    """The student directory for `nfe` in a run or student directory; None is the shipped run.
+
+    Raises InputError, naming the NFE that exist, if there is no such student.
+    """
+    root = asset("mnist") if path is None else Path(path)
+    if not root.is_dir():
+        raise InputError(f"{root} does not exist: name a run of hsivi distill, or leave it out for the shipped student")
+    students = find_students(root)
+    if not students:
+        raise InputError(f"{root} holds no student: name a run of hsivi distill, or sample a teacher with --solver")
+    there = ", ".join(str(k) for k in students)
+    if nfe is None and len(students) > 1:
+        raise InputError(f"{root} holds students for NFE {there}: choose one with --nfe")
+    if nfe is None:
+        return next(iter(students.values()))
+    if nfe not in students:
+        raise InputError(f"--nfe {nfe}: {root} holds students for NFE {there} only: choose one, or distil another")
+    return students[nfe]
+
+
+def chain_states(
+    student_eps: Callable[[Tensor, Tensor], Tensor],
+    log_gamma: Float[Tensor, "..."],
+    layers: LayerCoefficients,
+    draw: Callable[[], Float[Tensor, "n *shape"]],
+) -> tuple[Float[Tensor, "kn *shape"], Float[Tensor, "kn *shape"], Int[Tensor, " kn"]]:
+    """Every layer's input, the student's prediction there and the layer's number, for one rollout of n chains."""
+    inputs: list[Tensor] = []
+    predictions: list[Tensor] = []
+    numbers: list[Tensor] = []
+
+    def visit(layer: int, x: Tensor, eps: Tensor) -> None:
+        inputs.append(x)
+        predictions.append(eps)
+        numbers.append(torch.full((len(x),), layer))
+
+    walk_chain(student_eps, log_gamma, layers, draw, visit)
+    return torch.cat(inputs), torch.cat(predictions), torch.cat(numbers)
