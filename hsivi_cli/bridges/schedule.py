@@ -1,8 +1,9 @@
-"""Variance-preserving noise schedules and the time grids of a chain (hsivi.md, section 2)."""
+"""Variance-preserving noise schedules and the time grids of a chain, as used by HSIVI (arXiv 2310.17153)."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def make_grid(kind: str | Sequence[int], nfe: int, schedule: NoiseSchedule) -> t
         times = list(range(0, total, max(total // (nfe + 1), 1)))[: nfe + 1]
     else:
         raise InputError(f"--grid {kind!r} is neither 'quad', 'uniform' nor a comma-separated list of times")
-    increasing = all(low < high for low, high in zip(times, times[1:], strict=False))
+    increasing = all(low < high for low, high in pairwise(times))
     if len(times) != nfe + 1 or not increasing or times[0] < 0 or times[-1] >= total:
         raise InputError(f"--grid gives {times}, which is not {nfe + 1} increasing times within 0..{total - 1}")
     return tuple(times)

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -45,7 +46,7 @@ def result_bytes(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def result_table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
+def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
     """Print a table as the result, to stdout."""
     table = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
     for name in header or tuple("" for _ in rows[0]):
@@ -55,15 +56,29 @@ def result_table(title: str, rows: list[tuple[str, ...]], header: tuple[str, ...
     Console(file=sys.stdout, highlight=False).print(table)
 
 
+class Advance:
+    """Moves a progress bar: `advance(n)` by n, `advance.to(n)` to n."""
+
+    def __init__(self, update: Callable[..., None]) -> None:
+        self._update = update
+
+    def __call__(self, n: int) -> None:
+        self._update(advance=n)
+
+    def to(self, n: float) -> None:
+        """Set the bar to n finished."""
+        self._update(completed=n)
+
+
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Any]:
-    """A bar on stderr where stderr is a terminal; yields `advance(n)`."""
+def progress(title: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr where stderr is a terminal; yields what moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_stderr, disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield Advance(partial(bar.update, task))
 
 
 def _finite(value: Any) -> Any:

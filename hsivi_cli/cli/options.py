@@ -1,12 +1,14 @@
 """Options that several subcommands share, so that they read the same everywhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed; one independent stream a sample.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples a network call; never changes the images.")]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Samples a network call; never changes the images.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -29,3 +31,30 @@ def resolve_device(device: str, threads: int = 0) -> str:
     except (RuntimeError, AssertionError) as err:
         raise InputError(f"--device {device} is not available here: use --device auto or cpu") from err
     return device
+
+
+def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `choices`; otherwise raise InputError naming them."""
+    from hsivi_cli.errors import InputError
+
+    if value not in choices:
+        raise InputError(f"{flag} {value!r} is unknown: choose from {', '.join(choices)}")
+    return value
+
+
+def check_precision(value: str) -> Literal["fp32", "bf16"]:
+    """Return a precision, or raise InputError."""
+    return "bf16" if check_choice("--precision", value, ("fp32", "bf16")) == "bf16" else "fp32"
+
+
+def parse_integers(flag: str, value: str) -> list[int]:
+    """Read whole numbers separated by commas; raises InputError naming the flag."""
+    from hsivi_cli.errors import InputError
+
+    try:
+        numbers = [int(item) for item in value.split(",")]
+    except ValueError as err:
+        raise InputError(f"{flag} {value!r}: give whole numbers separated by commas, as 5,10") from err
+    if len(set(numbers)) != len(numbers):
+        raise InputError(f"{flag} {value!r} repeats a number")
+    return numbers

@@ -1,7 +1,7 @@
 """A distilled student on disk and in memory, and how to draw from it.
 
-A student is a diffusers directory: `unet/` opens with plain `UNet2DModel.from_pretrained`; `log_gamma.safetensors` holds
-the learned noise levels; `hsivi.json` holds the grid, eta, the schedule and where it all came from.
+A student is a diffusers directory: `unet/` opens with plain `UNet2DModel.from_pretrained`; `log_gamma.safetensors`
+holds the learned noise levels; `hsivi.json` holds the grid, eta, the schedule and where it all came from.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import hsivi_cli
 from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import atomic_directory, asset, read_json, write_json
+from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
 from hsivi_cli.targets.score_net import WEIGHTS, image_shape, load_unet
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
 
@@ -64,7 +64,7 @@ class Student:
 
 @torch.no_grad()
 def sample_student(student: Student, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
-    """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise (hsivi.md, section 2)."""
+    """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise."""
     device = next(student.unet.parameters()).device
     return walk_chain(
         lambda x, t: student.unet(x, t).sample,
@@ -130,7 +130,9 @@ def load_student(path: Path, device: str = "cpu") -> Student:
         raise InputError(f"{path / LOG_GAMMA} is missing or damaged ({err})") from err
     shape = image_shape(unet)
     if tuple(log_gamma.shape) not in ((), shape, (len(grid) - 1, *shape)) or not bool(log_gamma.isfinite().all()):
-        raise InputError(f"{path / LOG_GAMMA}: shape {tuple(log_gamma.shape)} does not fit images of {shape}, or not finite")
+        raise InputError(
+            f"{path / LOG_GAMMA}: shape {tuple(log_gamma.shape)} does not fit images of {shape}, or not finite"
+        )
     return Student(unet, log_gamma.to(device), grid, eta, schedule, fields, path, student_sha256(path))
 
 

@@ -95,7 +95,9 @@ def load_unet(directory: Path) -> "UNet2DModel":
 def _check_pixel_space(config: dict[str, Any], where: Path) -> None:
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if out_channels != channels:
-        raise InputError(f"{where}: {out_channels} output channels for {channels} inputs (learned variance?): not supported")
+        raise InputError(
+            f"{where}: {out_channels} output channels for {channels} inputs (learned variance?): not supported"
+        )
     if config.get("sample_size") is None:
         raise InputError(f"{where}: sample_size is missing, so the image size is unknown: add it")
     if config.get("class_embed_type") or config.get("num_class_embeds"):

@@ -1,4 +1,4 @@
-"""The learned Gaussian layer of a distilled sampler, and its diffusion to later times (hsivi.md, sections 2 and 3b)."""
+"""The learned Gaussian layer of a distilled sampler, and its diffusion to later times (arXiv 2310.17153)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class LayerCoefficients:
 
 
 def layer_coefficients(grid: Sequence[int], eta: float, schedule: NoiseSchedule) -> LayerCoefficients:
-    """Coefficients of every layer on `grid`; with log_gamma = 0 they are DDIM's with this `eta` (hsivi.md, section 2)."""
+    """Coefficients of every layer on `grid`; with log_gamma = 0 they are DDIM's with this `eta` (arXiv 2010.02502, eq. 12, 16)."""
     times = torch.tensor(list(grid))
     abar = schedule.abar[times]
     s = (1 - abar).sqrt()
@@ -94,7 +94,7 @@ def compare_at(
     layers: LayerCoefficients,
     schedule: NoiseSchedule,
 ) -> Comparison:
-    """Diffuse the output of layer k from `t_{k-1}` to the later time `t` (hsivi.md, section 3b).
+    """Diffuse the output of layer k from `t_{k-1}` to the later time `t` ("diffused matching", methods.hsivi_sm).
 
     `t = t_{k-1}` adds nothing and gives the paper's comparison. Gradients flow through `mean` and `std`.
     """

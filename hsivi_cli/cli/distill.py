@@ -1,0 +1,167 @@
+"""`hsivi distill`: a pretrained score network into few-step students, without data."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsivi_cli.cli import console, options
+
+if TYPE_CHECKING:
+    from hsivi_cli.methods.hsivi_sm import DistillConfig
+    from hsivi_cli.targets.score_net import ScoreNet
+
+
+def distill(
+    score_net: Annotated[
+        Path, typer.Option("--score-net", help="Teacher: a diffusers directory with unet/ and scheduler/.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory to write (not needed with --dry-run).")
+    ] = None,
+    nfe: Annotated[
+        str, typer.Option("--nfe", help="Network evaluations an image, one student each, as 10 or 5,10.")
+    ] = "10",
+    objective: Annotated[
+        str, typer.Option("--objective", help="diffused-kl, diffused-fisher, or sm (the paper's).")
+    ] = "diffused-kl",
+    grid: Annotated[
+        str, typer.Option("--grid", help="quad, uniform, or K+1 increasing times as 0,50,200,800.")
+    ] = "quad",
+    eta: Annotated[float, typer.Option("--eta", min=0.0, max=1.0, help="Noise of a layer, as in DDIM.")] = 0.2,
+    log_gamma: Annotated[str, typer.Option("--log-gamma", help="Learned noise levels: map, layer or scalar.")] = "map",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Student steps.")] = 2000,
+    critic_steps: Annotated[
+        int, typer.Option("--critic-steps", min=0, help="Critic steps a student step; 0: 5, or 20 for --objective sm.")
+    ] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Layer inputs a critic or student step.")] = 128,
+    rollout: Annotated[int, typer.Option("--rollout", min=0, help="Chains a rollout; 0: 2 batch / K, at least 8.")] = 0,
+    rollout_cache: Annotated[
+        bool, typer.Option("--rollout-cache/--no-rollout-cache", help="Reuse a rollout for all critic steps.")
+    ] = True,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Student's learning rate.")] = 1e-4,
+    lr_critic: Annotated[float, typer.Option("--lr-critic", min=0.0, help="Critic's learning rate.")] = 3e-4,
+    lr_schedule: Annotated[str, typer.Option("--lr-schedule", help="cosine, exponential or constant.")] = "cosine",
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Student steps of linear warm-up.")] = 20,
+    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Largest gradient norm.")] = 1.0,
+    ema: Annotated[float, typer.Option("--ema", min=0.0, max=0.99999, help="Decay of the averaged student.")] = 0.995,
+    warm_start: Annotated[
+        bool, typer.Option("--warm-start", help="Start each student from the next larger NFE in the list.")
+    ] = False,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", help="Start from this student directory, not the teacher.")
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16 (mixed).")] = "fp32",
+    preview_every: Annotated[int, typer.Option("--preview-every", min=0, help="Student steps between previews.")] = 200,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Measure FID against this at every preview (see hsivi evaluate).")
+    ] = None,
+    fid_images: Annotated[int, typer.Option("--fid-images", min=2, help="Images for that FID.")] = 1000,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve everything, time one step, print the cost, write nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
+    ] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Distil a diffusion score network into few-step HSIVI samplers, one for each NFE. Needs no data.
+
+    A run can be stopped at any time and continued with --resume; draw from it with `hsivi sample RUN --nfe K`.
+    """
+    from hsivi_cli.bridges.schedule import make_grid
+    from hsivi_cli.errors import InputError
+    from hsivi_cli.io.run_directory import open_run
+    from hsivi_cli.methods import distillation
+    from hsivi_cli.methods.hsivi_sm import DistillConfig
+    from hsivi_cli.targets.score_net import load_score_net
+
+    device = options.resolve_device(device, threads)
+    nfes = options.parse_integers("--nfe", nfe)
+    if warm_start:
+        nfes = sorted(nfes, reverse=True)
+    times = grid if grid in ("quad", "uniform") else options.parse_integers("--grid", grid)
+    if out is None and not dry_run:
+        raise InputError("--out is missing: name a run directory to write, or use --dry-run")
+    teacher = load_score_net(score_net, device)
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "objective": options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")),
+        "eta": eta,
+        "batch": batch,
+        "rollout": rollout,
+        "rollout_cache": rollout_cache,
+        "critic_steps": critic_steps or (20 if objective == "sm" else 5),
+        "lr_student": lr,
+        "lr_critic": lr_critic,
+        "warmup": warmup,
+        "lr_schedule": options.check_choice("--lr-schedule", lr_schedule, ("cosine", "exponential", "constant")),
+        "clip": clip,
+        "ema": ema,
+        "log_gamma": options.check_choice("--log-gamma", log_gamma, ("map", "layer", "scalar")),
+        "precision": options.check_precision(precision),
+        "seed": seed,
+        "device": device,
+    }
+    configs = {k: DistillConfig(grid=make_grid(times, k, teacher.schedule), **settings) for k in nfes}
+    if dry_run:
+        _report_cost(teacher, configs, as_json)
+        return
+    assert out is not None
+    plan = {
+        "teacher_sha256": teacher.sha256,
+        "students": {str(k): distillation.resolved(config) for k, config in configs.items()},
+        "warm_start": warm_start,
+        "init_from": str(init_from) if init_from else None,
+    }
+    outputs = _outputs(teacher, reference, fid_images, preview_every, steps)
+    open_run(out, plan, resume)
+    start = init_from
+    for k, config in configs.items():
+        console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
+        distillation.distill(teacher, config, out, outputs, start)
+        start = distillation.student_directory(out, k) if warm_start else init_from
+    if as_json:
+        console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
+    else:
+        console.result_line(str(out))
+    console.story(f"draw from it: hsivi sample {out} --nfe {nfes[0]}")
+
+
+def _outputs(teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int) -> Any:
+    from hsivi_cli.io.samples import write_grid
+    from hsivi_cli.methods.distillation import Outputs
+
+    fid = None
+    if reference is not None:
+        from hsivi_cli.evaluation.metrics import fid_against
+
+        fid = fid_against(reference, teacher.shape)
+
+    def on_log(record: dict[str, Any], diagnosis: Any) -> None:
+        line = f"step {record['step']:>6}/{steps}  critic {record['critic_loss']:9.2f}  fisher {record['fisher']:8.3f}"
+        line += f"  tracking {diagnosis.tracking:5.2f}  {record['seconds_per_step']:.2f} s/step  {diagnosis.advice}"
+        if "fid" in record:
+            line += f"  fid@{fid_images} {record['fid']:.4f}"
+        console.story(line)
+
+    return Outputs(on_log, write_grid, preview_every, fid, fid_images)
+
+
+def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_json: bool) -> None:
+    from hsivi_cli.methods import distillation
+
+    report = []
+    for k, config in configs.items():
+        cost = distillation.dry_run(teacher, config)
+        report.append({"nfe": k, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})
+        report[-1] |= {"memory_bytes": cost.memory_bytes, "total_seconds": cost.total_seconds}
+    if as_json:
+        console.result_json({"dry_run": report})
+        return
+    for row in report:
+        fields = [(name, str(value)) for name, value in row.items()]
+        console.result_table(f"NFE {row['nfe']}: nothing written", fields)

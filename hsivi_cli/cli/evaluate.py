@@ -1,0 +1,226 @@
+"""`hsivi evaluate`: FID, KID, inception score, precision and recall of images, or of what a model draws."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsivi_cli.cli import console, options
+from hsivi_cli.errors import GateError, InputError
+
+if TYPE_CHECKING:
+    from hsivi_cli.evaluation.extractors import Extractor
+    from hsivi_cli.evaluation.metrics import Features, Statistics
+    from hsivi_cli.evaluation.report import EvaluationReport
+    from hsivi_cli.io.images import ImageSet
+    from hsivi_cli.methods.sampling import Sampler
+
+DEFAULT_DRAWS = 5_000
+SHIPPED_REFERENCE = "digit_features/reference_28x28.npz"
+
+
+def evaluate(
+    samples: Annotated[
+        str,
+        typer.Argument(
+            help="Image folder, .npy, .npz or idx file, '-' for .npy on stdin, a run or student directory, "
+            "a teacher directory (with --solver and --nfe), or 'shipped' for the shipped student."
+        ),
+    ],
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference",
+            help="Image folder, array or idx file, an .npz of mu and sigma, or 'digits': MNIST statistics for "
+            "28x28 samples, scikit-learn's digits for 8x8.",
+        ),
+    ],
+    features: Annotated[
+        str | None,
+        typer.Option(
+            "--features",
+            help="inception, digits, or a TorchScript FILE (uint8 NCHW in, features or (features, logits) out; "
+            "loading it runs its code, so trust it first). Default: digits for grey up to 28x28, else inception.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="torch-fidelity's Inception file; or set HSIVI_INCEPTION_WEIGHTS.")
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--num-samples", "-n", min=2, help="Images to draw from a model (5000), or to take of a set (all)."
+        ),
+    ] = None,
+    nfe: Annotated[
+        int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
+    ] = None,
+    solver: options.Solver = None,
+    spacing: Annotated[str | None, typer.Option("--spacing", help="The solver's time steps; default its best.")] = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 256,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    max_fid: Annotated[
+        float | None, typer.Option("--max-fid", min=0.0, help="Leave with exit code 3 above this FID.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure images against a reference: FID, KID, inception score, precision and recall, with the protocol stated."""
+    from hsivi_cli.evaluation.metrics import extract_features
+    from hsivi_cli.evaluation.report import evaluation_report
+    from hsivi_cli.io.images import ImageSet
+
+    device = options.resolve_device(device, threads)
+    source, drawn = _open_samples(samples, nfe, solver, spacing, device, num_samples)
+    height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
+    choice = features or ("digits" if channels == 1 and max(height, width) <= 28 else "inception")
+    # extractor and reference come first: what is wrong with them is known before minutes of drawing
+    extractor = _load_extractor(choice, weights, device, defaulted=features is None)
+    known = _open_reference(reference, choice, extractor, (height, width, channels))
+    if not isinstance(source, ImageSet):
+        count = num_samples or DEFAULT_DRAWS
+        drawn |= {"n": count, "seed": seed}
+        source = _draw(source, count, seed, batch_size, samples)
+    with console.progress("features of the samples", len(source)) as advance:
+        found = extract_features(source, extractor, batch_size, device, advance)
+    if isinstance(known, ImageSet):
+        with console.progress("features of the reference", len(known)) as advance:
+            target: Features | Statistics = extract_features(known, extractor, batch_size, device, advance)
+    else:
+        target = known
+    report = evaluation_report(found, target, extractor, drawn)
+    for warning in report.warnings:
+        console.warn(warning)
+    _print(report, as_json)
+    _gate(report, max_fid)
+
+
+def _open_samples(
+    samples: str, nfe: int | None, solver: str | None, spacing: str | None, device: str, limit: int | None
+) -> tuple["ImageSet | Sampler", dict[str, Any]]:
+    """Images, or a sampler with what the protocol says about it."""
+    import sys
+
+    from hsivi_cli.io.images import read_image_stream, read_images
+    from hsivi_cli.methods.sampling import solver_sampler, student_sampler
+    from hsivi_cli.methods.student import find_students, load_student, select_student
+    from hsivi_cli.targets.score_net import load_score_net
+
+    path = Path(samples)
+    if samples == "shipped" or (path.is_dir() and solver is None and find_students(path)):
+        if solver or spacing:
+            raise InputError("--solver and --spacing sample a teacher: name the teacher's directory instead of shipped")
+        student = load_student(select_student(None if samples == "shipped" else path, nfe), device)
+        sampler = student_sampler(student)
+        return sampler, _story_of(sampler) | {"teacher_fid": student.description.get("teacher_fid")}
+    if path.is_dir() and ((path / "unet").is_dir() or (path / "scheduler").is_dir() or solver):
+        if solver is None or nfe is None:
+            raise InputError(f"{samples} is a teacher: say how to sample it, as in --solver ddim --nfe 50")
+        sampler = solver_sampler(load_score_net(path, device), solver, nfe, spacing)
+        return sampler, _story_of(sampler)
+    given = [
+        name for name, value in (("--solver", solver), ("--nfe", nfe), ("--spacing", spacing)) if value is not None
+    ]
+    if given:
+        raise InputError(
+            f"{given[0]} is for models, and {samples} is not a model's directory: leave it out, or name one"
+        )
+    if samples == "-":
+        return read_image_stream(sys.stdin.buffer, limit), {}
+    return read_images(samples, limit), {}
+
+
+def _story_of(sampler: "Sampler") -> dict[str, Any]:
+    return {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description} | {
+        "quantisation": sampler.description.get("quantisation", "uint8, round half to even, clamp")
+    }
+
+
+def _load_extractor(choice: str, weights: Path | None, device: str, defaulted: bool) -> "Extractor":
+    from hsivi_cli.evaluation.extractors import load_extractor
+
+    extractor = load_extractor(choice, weights, device)
+    if defaulted:
+        console.story(f"features: {choice} (choose with --features)")
+    return extractor
+
+
+def _open_reference(
+    reference: str, choice: str, extractor: "Extractor", shape: tuple[int, int, int]
+) -> "ImageSet | Statistics":
+    """The reference's images or statistics; InputError where they cannot be compared with images of `shape`."""
+    from hsivi_cli.evaluation.metrics import has_statistics, read_statistics
+    from hsivi_cli.io.files import asset
+    from hsivi_cli.io.images import read_images
+
+    if reference == "digits" and shape[:2] not in ((28, 28), (8, 8)):
+        raise InputError(
+            f"--reference digits has 28x28 and 8x8 images, the samples are {shape[0]}x{shape[1]}: name another"
+        )
+    path = asset(SHIPPED_REFERENCE) if reference == "digits" and shape[:2] == (28, 28) else Path(reference)
+    if reference == "digits" and path.name != reference and choice != "digits":
+        raise InputError(
+            f"--reference digits at 28x28 goes with --features digits, not {choice}: name MNIST's idx file"
+        )
+    if has_statistics(str(path)):
+        statistics = read_statistics(path)
+        if statistics.extractor_sha256 not in (None, extractor.sha256):
+            raise InputError(f"{path} was computed with other weights than {extractor.name}'s: they cannot be compared")
+        known: ImageSet | Statistics = statistics
+        theirs = statistics.image_shape
+    else:
+        known = images = read_images(reference)
+        theirs = images.shape
+    if theirs is not None and theirs != shape:
+        raise InputError(f"the reference {reference} has images of {_size(theirs)}, the samples of {_size(shape)}")
+    return known
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]} {'grey' if shape[-1] == 1 else 'RGB'}"
+
+
+def _draw(sampler: "Sampler", count: int, seed: int, batch_size: int, source: str) -> "ImageSet":
+    import numpy as np
+
+    from hsivi_cli.io.images import image_set
+    from hsivi_cli.methods.sampling import draw_images
+
+    console.story(f"drawing {count} images with {sampler.name}, seed {seed}")
+    channels, height, width = sampler.shape
+    images = np.empty((count, height, width, channels), np.uint8)
+    with console.progress("drawing", count) as advance:
+        start = 0
+        for batch in draw_images(sampler, count, seed, batch_size, advance):
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+    return image_set(images, source)
+
+
+def _print(report: "EvaluationReport", as_json: bool) -> None:
+    if as_json:
+        console.result_json(report.to_json())
+        return
+    rows: list[tuple[str, ...]] = []
+    for metric in report.metrics:
+        rows.append((metric.key, "-" if metric.value is None else f"{metric.value:.5g}", metric.note))
+    console.result_table("Metrics", rows, ("metric", "value", "how"))
+    console.result_table("Protocol", _flat(report.protocol))
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
+    """Nested JSON as rows `a.b`, value."""
+    rows: list[tuple[str, ...]] = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((f"{prefix}{name}", str(value)))
+    return rows
+
+
+def _gate(report: "EvaluationReport", max_fid: float | None) -> None:
+    fid = report.fid
+    if max_fid is not None and (fid.value is None or fid.value > max_fid):
+        raise GateError(f"{fid.key} = {fid.value:.5g} is above --max-fid {max_fid:g}")

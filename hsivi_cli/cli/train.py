@@ -1,0 +1,86 @@
+"""`hsivi train`: a small DDPM score network from images, for users without a checkpoint."""
+
+from typing import Annotated
+
+import typer
+
+from hsivi_cli.cli import console, options
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option("--data", help="'digits' (8x8, offline), an image folder, .npy, .npz or an MNIST idx .gz file."),
+    ],
+    out: options.OutDirectory,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Gradient steps.")] = 10000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a gradient step.")] = 128,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate after warm-up; cosine decay.")] = 1e-3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps of linear warm-up.")] = 200,
+    channels: Annotated[
+        str, typer.Option("--channels", help="UNet widths from fine to coarse, as 16,32,64; default by image size.")
+    ] = "",
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Residual blocks a level.")] = 1,
+    attention: Annotated[bool, typer.Option("--attention", help="Self-attention at the coarsest level.")] = False,
+    schedule: Annotated[str, typer.Option("--schedule", help="Noise schedule: linear or cosine.")] = "linear",
+    ema: Annotated[float, typer.Option("--ema", min=0.0, max=0.99999, help="Decay of the averaged weights.")] = 0.999,
+    flip: Annotated[bool, typer.Option("--flip", help="Random horizontal flips.")] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32 or bf16 (mixed; twice as fast on new CPUs).")
+    ] = "fp32",
+    preview_every: Annotated[
+        int, typer.Option("--preview-every", min=0, help="Steps between sample grids; 0: never.")
+    ] = 1000,
+    seed: options.Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
+    ] = False,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Train a small epsilon-predicting DDPM score network.
+
+    The output is a diffusers pipeline directory (`DDPMPipeline.from_pretrained` opens it), ready for `hsivi distill`.
+    """
+    import torch
+
+    from hsivi_cli.errors import InputError
+    from hsivi_cli.io.images import read_images
+    from hsivi_cli.io.run_directory import open_run
+    from hsivi_cli.io.samples import write_grid
+    from hsivi_cli.methods import ddpm, training
+
+    device = options.resolve_device(device, threads)
+    options.check_choice("--schedule", schedule, tuple(training.SCHEDULES))
+    images = read_images(data)
+    pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
+    shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+    try:
+        widths = tuple(int(c) for c in channels.split(",")) if channels else training.default_channels(max(shape[1:]))
+    except ValueError as err:
+        raise InputError(f"--channels {channels!r}: give whole numbers separated by commas, as 16,32,64") from err
+    config = ddpm.DDPMConfig(
+        unet=training.unet_arguments(shape, widths, blocks, attention),
+        schedule={"num_train_timesteps": 1000, "beta_schedule": training.SCHEDULES[schedule]},
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        warmup=warmup,
+        ema=ema,
+        flip=flip,
+        precision=options.check_precision(precision),
+        seed=seed,
+        device=device,
+    )
+    source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
+    had_run = open_run(out, training.resolved(config, source), resume)
+    console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
+    with console.progress("training", steps) as advance:
+
+        def on_log(record: dict[str, float]) -> None:
+            advance.to(record["step"])
+            rate = record["seconds_per_step"]
+            console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step")
+
+        training.train(pixels, config, out, had_run, preview_every, write_grid, on_log)
+    console.result_line(str(out))

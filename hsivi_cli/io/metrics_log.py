@@ -1,0 +1,52 @@
+"""The metrics of a run: one JSON object a line, and their curves as a picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hsivi_cli.io.files import atomic_file
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Append one line, in a single write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, so that a resumed run does not repeat them."""
+    if path.is_file():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def plot_metrics(records: list[dict[str, Any]], names: tuple[str, ...], path: Path) -> None:
+    """Curves of the named metrics against the step, one panel each, as a PNG."""
+    from matplotlib.figure import Figure
+
+    names = tuple(name for name in names if any(name in record for record in records))
+    if not names:
+        return
+    figure = Figure(figsize=(7, 2.2 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False).flat, names, strict=True):
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2)
+        axes.set_ylabel(name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

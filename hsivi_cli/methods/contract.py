@@ -1,0 +1,40 @@
+"""The one contract of every method: init / step / sample / state_dict and load_state_dict.
+
+A method is a module with these functions, so that the loop, checkpoints, resume and the tests are written once.
+Networks are large and mutable, so `step` updates the state in place and returns the metrics alone.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hsivi_cli.engine.seeds import NoiseStreams
+
+Metrics = dict[str, float]
+
+
+class State(Protocol):
+    """What a run carries from step to step; `step` counts the finished ones."""
+
+    step: int
+
+
+class Method(Protocol):
+    """The verbs; `target` and `config` are the method's own types."""
+
+    def init(self, target: Any, config: Any) -> Any:
+        """A fresh state; random weights depend on `config.seed` alone."""
+
+    def step(self, state: Any, batch: Tensor | None, generator: torch.Generator) -> Metrics:
+        """Advance by one step, in place; every random number comes from `generator`."""
+
+    def sample(self, state: Any, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+        """Draw one sample a noise stream, from the averaged weights."""
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """Everything a resumed run needs: tensors and plain JSON."""
+
+    def load_state_dict(self, state: Any, tree: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, in place."""

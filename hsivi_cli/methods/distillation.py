@@ -1,0 +1,135 @@
+"""Distillation runs: one student an NFE in a run directory, each resumable, with previews and loss curves.
+
+A run holds `nfeK/` (the student, see methods.student) and `training/nfeK/` (checkpoint, metrics, previews, curves).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hsivi_cli.engine.diagnosis import Diagnosis, diagnose
+from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
+from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.io.metrics_log import plot_metrics, read_metrics
+from hsivi_cli.methods import hsivi_sm
+from hsivi_cli.methods.sampling import to_uint8
+from hsivi_cli.methods.student import Student, load_student, save_student
+from hsivi_cli.targets.score_net import ScoreNet
+
+PREVIEW_IMAGES = 64
+CURVES = ("critic_loss", "fisher", "critic_gap", "tracking", "log_gamma", "student_grad_norm", "fid")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a caller wants to see: log records, preview grids, and optionally an FID of preview images.
+
+    `fid(uint8 NHWC) -> float` is measured on `fid_images` images at every preview.
+    """
+
+    on_log: Callable[[dict[str, Any], Diagnosis], None]
+    write_grid: Callable[[np.ndarray, Path], None]
+    preview_every: int
+    fid: Callable[[np.ndarray], float] | None = None
+    fid_images: int = 0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Measured cost of one step: `memory_bytes` is the process's peak, `total_seconds` the expected run."""
+
+    seconds_per_step: float
+    memory_bytes: int
+    total_seconds: float
+
+
+def student_directory(run: Path, nfe: int) -> Path:
+    """Where a run keeps the student of this NFE."""
+    return run / f"nfe{nfe}"
+
+
+def distill(
+    teacher: ScoreNet, config: hsivi_sm.DistillConfig, run: Path, outputs: Outputs, start: Path | None
+) -> Student:
+    """Train one student to `config.steps` and save it; goes on from its last checkpoint if there is one.
+
+    `start` names a student directory to start from instead of the teacher's weights.
+    """
+    nfe = len(config.grid) - 1
+    target, work = student_directory(run, nfe), run / "training" / f"nfe{nfe}"
+    work.mkdir(parents=True, exist_ok=True)
+    state = hsivi_sm.init(teacher, config, load_student(start, config.device) if start else None)
+    if (work / CHECKPOINT).is_file():
+        resume(hsivi_sm, state, work)
+    description = {
+        "teacher": str(teacher.path),
+        "teacher_sha256": teacher.sha256,
+        "recipe": resolved(config),
+        "started_from": str(start) if start else "teacher",
+        "torch_version": torch.__version__,
+        "seed": config.seed,
+    }
+    history = read_metrics(work / METRICS)
+
+    def save(extra: dict[str, Any]) -> Student:
+        student = hsivi_sm.averaged_student(state, description | {"step": state.step} | extra)
+        save_student(student, target)
+        return student
+
+    def preview(step: int) -> dict[str, float]:
+        n = max(PREVIEW_IMAGES, outputs.fid_images if outputs.fid else 0)
+        batches = [range(i, min(i + PREVIEW_IMAGES, n)) for i in range(0, n, PREVIEW_IMAGES)]
+        images = np.concatenate([to_uint8(hsivi_sm.sample(state, NoiseStreams(config.seed, b))) for b in batches])
+        outputs.write_grid(images[:PREVIEW_IMAGES], work / f"samples-{step:06d}.png")
+        metrics = {"fid": outputs.fid(images)} if outputs.fid else {}
+        save(metrics)
+        return metrics
+
+    def on_log(record: dict[str, Any]) -> None:
+        history.append(record)
+        outputs.on_log(record, diagnose([r["fisher"] for r in history], [r["critic_gap"] for r in history]))
+
+    loop = LoopConfig(
+        config.steps, config.seed, log_every=10, checkpoint_every=200, preview_every=outputs.preview_every
+    )
+    run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview))
+    if not outputs.preview_every:
+        save({})
+    plot_metrics(_with_tracking(read_metrics(work / METRICS)), CURVES, work / "curves.png")
+    return load_student(target, config.device)
+
+
+def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
+    """One warm-up step and one timed step (each a rollout, the critic updates and a student update); writes nothing."""
+    import resource
+
+    state = hsivi_sm.init(teacher, config)
+    seconds = 0.0
+    for step in (1, 2):
+        started = time.monotonic()
+        hsivi_sm.step(state, None, generator(config.seed, Stream.TRAIN, step))
+        if config.device.startswith("cuda"):
+            torch.cuda.synchronize(config.device)
+        seconds = time.monotonic() - started
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if config.device.startswith("cuda"):
+        memory = torch.cuda.max_memory_allocated(config.device)
+    return DryRun(seconds, memory, seconds * config.steps)
+
+
+def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
+    """A configuration as plain JSON; the device is not part of it."""
+    fields = dataclasses.asdict(config)
+    fields.pop("device")
+    return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
+
+
+def _with_tracking(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    fisher, gap = [r["fisher"] for r in records], [r["critic_gap"] for r in records]
+    return [r | {"tracking": diagnose(fisher[: i + 1], gap[: i + 1]).tracking} for i, r in enumerate(records)]

@@ -1,0 +1,265 @@
+"""HSIVI distillation of a score network, without data (Yu et al. 2023, arXiv 2310.17153, HSIVI-SM).
+
+The chain `x_{k-1} = A_k x_k + B_k phi(x_k, t_k) + c1_k exp(log_gamma) z` walks the bridge `p_k` = data noised to time
+t_k, whose score is `-eps*(x, t_k) / s_k`. Each layer's marginal is matched to its bridge through a critic f that learns
+the noise prediction of the student's own marginal; layers are trained jointly, with no gradient through a layer's input.
+
+Diffused matching (objectives `diffused-fisher` and `diffused-kl`): if the marginal at t_{k-1} is right, so is its
+diffusion at every later time, and conversely. Comparing at a random later time t' replaces the layer's small noise by
+`gamma' = std / s'` near 1, so that the critic's regression target `zeta / gamma'` is not drowned in its own variance.
+At t' = t_{k-1} it is the paper's objective `sm` again.
+
+One step is one rollout of the student, `critic_steps` critic updates and one student update. Between two student
+updates the student does not change, so the rollout's states and predictions serve every critic update: a fresh `zeta`
+gives a fresh, exactly on-policy layer output without another student forward.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.methods.student import Student, chain_states, sample_student
+from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
+from hsivi_cli.targets.score_net import ScoreNet
+from hsivi_cli.transitions.gaussian_layer import (
+    Comparison,
+    LayerCoefficients,
+    compare_at,
+    diffusion_times,
+    layer_coefficients,
+    layer_mean,
+    layer_std,
+)
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+Objective = Literal["sm", "diffused-fisher", "diffused-kl"]
+LogGammaShape = Literal["map", "layer", "scalar"]
+
+T_MAX_SHARE = 0.9  # comparisons reach up to 0.9 T, where almost no signal is left to compare
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A resolved distillation run. `rollout` counts the chains a rollout draws; 0 means 2 batch / K, at least 8."""
+
+    grid: tuple[int, ...]
+    steps: int
+    objective: Objective = "diffused-kl"
+    eta: float = 0.2
+    batch: int = 128
+    rollout: int = 0
+    rollout_cache: bool = True
+    critic_steps: int = 5
+    lr_student: float = 1e-4
+    lr_critic: float = 3e-4
+    warmup: int = 20
+    lr_schedule: ScheduleName = "cosine"
+    clip: float = 1.0
+    ema: float = 0.995
+    log_gamma: LogGammaShape = "map"
+    precision: Precision = "fp32"
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def chains(self) -> int:
+        """Chains of one rollout; each gives K layer inputs."""
+        return self.rollout or max(2 * self.batch // (len(self.grid) - 1), 8)
+
+
+@dataclass
+class DistillState:
+    """Student (network and log_gamma), critic, frozen teacher, moving averages and optimisers."""
+
+    step: int
+    student: "UNet2DModel"
+    log_gamma: nn.Parameter
+    critic: "UNet2DModel"
+    teacher: ScoreNet
+    ema_student: "UNet2DModel"
+    ema_log_gamma: Tensor
+    student_optimiser: torch.optim.Optimizer
+    critic_optimiser: torch.optim.Optimizer
+    layers: LayerCoefficients
+    config: DistillConfig
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Layer inputs of a rollout: `x` = x_k, `eps` = phi(x_k, t_k) without gradient, `k` the layer."""
+
+    x: Float[Tensor, "m c h w"]
+    eps: Float[Tensor, "m c h w"]
+    k: Int[Tensor, " m"]
+
+
+def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
+    """Student and critic start as copies of the teacher; the student may start from another student instead."""
+    student = copy.deepcopy(target.unet)
+    if warm_start is not None:
+        if warm_start.shape != target.shape:
+            raise InputError(f"the student to start from draws {warm_start.shape} images, the teacher {target.shape}")
+        student.load_state_dict(warm_start.unet.state_dict())
+    student = student.to(config.device).eval().requires_grad_(True)  # eval: no dropout, as the teacher
+    critic = copy.deepcopy(target.unet).to(config.device).eval().requires_grad_(True)
+    shapes = {"map": target.shape, "layer": (len(config.grid) - 1, *target.shape), "scalar": ()}
+    log_gamma = nn.Parameter(torch.zeros(shapes[config.log_gamma], device=config.device))
+    return DistillState(
+        step=0,
+        student=student,
+        log_gamma=log_gamma,
+        critic=critic,
+        teacher=target,
+        ema_student=copy.deepcopy(student).eval().requires_grad_(False),
+        ema_log_gamma=log_gamma.detach().clone(),
+        student_optimiser=torch.optim.Adam([*student.parameters(), log_gamma], config.lr_student, amsgrad=True),
+        critic_optimiser=torch.optim.Adam(critic.parameters(), config.lr_critic, amsgrad=True),
+        layers=layer_coefficients(config.grid, config.eta, target.schedule),
+        config=config,
+    )
+
+
+def step(state: DistillState, batch: None, generator: torch.Generator) -> dict[str, float]:
+    """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None."""
+    config = state.config
+    state.step += 1
+    rollout = roll_out(state, generator)
+    for update in range(config.critic_steps):
+        if update and not config.rollout_cache:
+            rollout = roll_out(state, generator)
+        critic_metrics = critic_step(state, rollout, generator)
+    return critic_metrics | student_step(state, rollout, generator)
+
+
+@torch.no_grad()
+def roll_out(state: DistillState, generator: torch.Generator) -> Rollout:
+    """Layer inputs of the current student, from `x_K ~ N(0, I)`; without the cache, one input a chain."""
+    config, shape = state.config, state.teacher.shape
+    chains = config.chains if config.rollout_cache else config.batch
+
+    def draw() -> Tensor:
+        return torch.randn((chains, *shape), generator=generator).to(config.device)
+
+    x, eps, k = chain_states(lambda x, t: _eps(state, state.student, x, t), state.log_gamma, state.layers, draw)
+    if not config.rollout_cache:
+        layer = torch.randint(0, state.layers.nfe, (chains,), generator=generator)
+        rows = layer * chains + torch.arange(chains)
+        x, eps, k = x[rows.to(x.device)], eps[rows.to(x.device)], k[rows]
+    return Rollout(x, eps, k)
+
+
+def critic_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
+    """Regress the critic on the noise of the student's diffused outputs; nothing reaches the student."""
+    config = state.config
+    rows, k, zeta, t = _draw_comparison(state, rollout, generator)
+    with torch.no_grad():
+        mean = layer_mean(rollout.x[rows], rollout.eps[rows], k, state.layers)
+        at = _compare(state, mean, k, t, zeta)
+    loss = critic_loss(_eps(state, state.critic, at.y, at.t), at.target, at.noise_scale)
+    rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
+    return {"critic_loss": loss.item(), "critic_grad_norm": norm}
+
+
+def student_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
+    """Move the student along the objective's gradient; critic and teacher are left as they are."""
+    config = state.config
+    rows, k, zeta, t = _draw_comparison(state, rollout, generator)
+    x = rollout.x[rows]
+    eps = _eps(state, state.student, x, state.layers.times[k].to(config.device))
+    at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
+    state.critic.requires_grad_(False)
+    with torch.set_grad_enabled(config.objective != "diffused-kl"):
+        critic_eps = _eps(state, state.critic, at.y, at.t)
+        teacher_eps = _eps(state, state.teacher.unet, at.y, at.t)
+        fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
+    state.critic.requires_grad_(True)
+    loss = fisher
+    if config.objective == "diffused-kl":
+        loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
+    rate = LearningRate(config.lr_student, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    parameters = [*state.student.parameters(), state.log_gamma]
+    norm = apply_step(loss, state.student_optimiser, parameters, rate, config.clip)
+    update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
+    update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
+    gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
+    return {
+        "student_loss": loss.item(),
+        "student_grad_norm": norm,
+        "fisher": fisher.item(),
+        "critic_gap": gap.item(),
+        "log_gamma": state.log_gamma.mean().item(),
+        "lr_student": rate,
+    }
+
+
+def _draw_comparison(
+    state: DistillState, rollout: Rollout, generator: torch.Generator
+) -> tuple[Tensor, Int[Tensor, " n"], Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+    """Rows of the rollout, their layers, the noise `zeta` and the comparison times."""
+    config, device = state.config, state.config.device
+    rows = torch.randint(0, len(rollout.k), (config.batch,), generator=generator)
+    zeta = torch.randn((config.batch, *state.teacher.shape), generator=generator).to(device)
+    u = torch.rand(config.batch, generator=generator)
+    k = rollout.k[rows]
+    t = state.layers.times[k - 1]
+    if config.objective != "sm":
+        t = diffusion_times(k, u, state.layers, T_MAX_SHARE * state.teacher.schedule.num_train_timesteps)
+    return rows.to(device), k, zeta, t
+
+
+def _compare(state: DistillState, mean: Tensor, k: Tensor, t: Tensor, zeta: Tensor) -> Comparison:
+    std = layer_std(state.log_gamma, k, state.layers, mean)
+    return compare_at(mean, std, k, t, zeta, state.layers, state.teacher.schedule)
+
+
+def _eps(state: DistillState, network: "UNet2DModel", x: Tensor, t: Tensor) -> Tensor:
+    with autocast(state.config.precision, state.config.device):
+        return network(x, t.to(x.device)).sample.float()
+
+
+def averaged_student(state: DistillState, description: dict[str, Any] | None = None) -> Student:
+    """The student that a run hands out: the moving averages."""
+    config, schedule = state.config, state.teacher.schedule
+    return Student(state.ema_student, state.ema_log_gamma, config.grid, config.eta, schedule, description or {})
+
+
+def sample(state: DistillState, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+    """Draw from the averaged student."""
+    with autocast(state.config.precision, state.config.device):
+        return sample_student(averaged_student(state), noise).float()
+
+
+def state_dict(state: DistillState) -> dict[str, Any]:
+    """Tensors and plain JSON of a run; the teacher is not part of it."""
+    return {
+        "step": state.step,
+        "student": dict(state.student.state_dict()),
+        "log_gamma": state.log_gamma.data,
+        "critic": dict(state.critic.state_dict()),
+        "ema_student": dict(state.ema_student.state_dict()),
+        "ema_log_gamma": state.ema_log_gamma,
+        "student_optimiser": state.student_optimiser.state_dict(),
+        "critic_optimiser": state.critic_optimiser.state_dict(),
+    }
+
+
+def load_state_dict(state: DistillState, tree: dict[str, Any]) -> None:
+    """Restore a run, in place."""
+    state.step = tree["step"]
+    state.student.load_state_dict(tree["student"])
+    state.critic.load_state_dict(tree["critic"])
+    state.ema_student.load_state_dict(tree["ema_student"])
+    state.log_gamma.data.copy_(tree["log_gamma"])
+    state.ema_log_gamma.copy_(tree["ema_log_gamma"])
+    state.student_optimiser.load_state_dict(tree["student_optimiser"])
+    state.critic_optimiser.load_state_dict(tree["critic_optimiser"])

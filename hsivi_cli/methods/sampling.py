@@ -1,0 +1,163 @@
+"""Images from a student or from a solver on its teacher, behind one small object, so that both are measured alike."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.io.files import asset
+from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
+from hsivi_cli.targets.score_net import ScoreNet, load_score_net
+from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, solve, solver_times
+
+DEFAULT_NFE = 10
+SHIPPED_TEACHER = "mnist/teacher"
+QUANTISATION = "uint8, round((clamp(x, -1, 1) + 1) * 127.5)"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Something that turns noise into images at a fixed cost.
+
+    `run(noise)` returns one image a stream, shape `(n, c, h, w)`, in about [-1, 1]; `shape` is `(c, h, w)`;
+    `description` is plain JSON that says what made the images.
+    """
+
+    name: str
+    nfe: int
+    shape: tuple[int, int, int]
+    run: Callable[[NoiseStreams], Float[Tensor, "n c h w"]]
+    description: dict[str, Any]
+
+
+def open_sampler(
+    path: Path | None,
+    nfe: int | None = None,
+    solver: str | None = None,
+    spacing: str | None = None,
+    device: str = "cpu",
+) -> Sampler:
+    """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
+
+    Without `solver`, `path` is a student or a run of students; with it, the directory of a score network. Raises
+    InputError, naming the command to type instead, for anything else.
+    """
+    if path is not None and not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
+    is_teacher = path is not None and (path / "scheduler" / "scheduler_config.json").is_file()
+    if solver is not None:
+        if path is not None and not is_teacher and find_students(path):
+            raise InputError(
+                f"{path} holds students, --solver samples their teacher: name its directory, or drop --solver"
+            )
+        score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device)
+        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing)
+    if spacing is not None:
+        raise InputError("--spacing belongs to a solver: pass --solver too")
+    if is_teacher:
+        raise InputError(
+            f"{path} is a score network, no student: pass --solver {'|'.join(SOLVERS)}, or hsivi distill it"
+        )
+    if path is None and nfe is None:
+        nfe = DEFAULT_NFE
+    return student_sampler(load_student(select_student(path, nfe), device))
+
+
+def student_sampler(student: Student) -> Sampler:
+    """The sampler of a distilled student."""
+    description = {
+        "kind": "student",
+        "sha256": student.sha256,
+        "teacher_sha256": student.description.get("teacher_sha256"),
+        "nfe": student.nfe,
+        "grid": list(student.grid),
+        "eta": student.eta,
+        "quantisation": QUANTISATION,
+    }
+    name = f"HSIVI student, NFE {student.nfe}"
+    return Sampler(name, student.nfe, student.shape, lambda noise: sample_student(student, noise), description)
+
+
+def solver_sampler(score_net: ScoreNet, solver: str, nfe: int, spacing: str | None = None) -> Sampler:
+    """A diffusers solver on a score network, with its best time-step spacing unless `spacing` names one.
+
+    Raises InputError for an unknown solver or spacing, and for an NFE the solver cannot meet exactly.
+    """
+    spacing = spacing or best_spacing(solver, nfe)
+    times = solver_times(solver, nfe, spacing, score_net.schedule)
+    description = {
+        "kind": "solver",
+        "teacher_sha256": score_net.sha256,
+        "solver": solver,
+        "spacing": spacing,
+        "nfe": nfe,
+        "clip_sample": False,
+        # a thousand times say nothing that the spacing does not
+        "times": list(times) if nfe <= 50 else None,
+        "quantisation": QUANTISATION,
+    }
+    device = next(score_net.unet.parameters()).device
+
+    def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+        return solve(
+            score_net.eps, score_net.schedule, solver, nfe, spacing, lambda: noise.draw(score_net.shape, device)
+        )
+
+    return Sampler(f"{solver} ({spacing}), NFE {nfe}", nfe, score_net.shape, run, description)
+
+
+def draw_images(
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    batch_size: int,
+    on_batch: Callable[[int], object] | None = None,
+    first: int = 0,
+) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """Images `first .. first + n - 1` of `seed`, in batches, uint8 and channels last.
+
+    Image j has its own noise stream, so it depends on `seed` and `j` only, not on `batch_size` or on where the range
+    starts. `on_batch(count)` is told after each batch. Raises InputError for a seed above 63 bits, RunError if memory
+    runs out or an image is not finite.
+    """
+    if first + n > 2**63 or seed >= 2**63:
+        raise InputError(f"--seed {seed} is too large: choose one below 2^63")
+    for start in range(first, first + n, batch_size):
+        indices = range(start, min(start + batch_size, first + n))
+        images = to_uint8(_run(sampler, NoiseStreams(seed, indices), start))
+        if on_batch is not None:
+            on_batch(len(images))
+        yield images
+
+
+def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
+    """Quantise images in [-1, 1] by rounding to the nearest of 256 levels; values outside are clamped."""
+    levels = (images.float().clamp(-1, 1) + 1) * 127.5
+    return levels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _run(sampler: Sampler, noise: NoiseStreams, start: int) -> Float[Tensor, "n c h w"]:
+    try:
+        with torch.inference_mode():
+            images = sampler.run(noise)
+    except torch.OutOfMemoryError as err:
+        raise RunError("the device ran out of memory: lower --batch-size") from err
+    except RuntimeError as err:
+        # on the CPU torch has no class of its own for this
+        if "allocate memory" in str(err):
+            raise RunError("out of memory: lower --batch-size") from err
+        raise
+    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise RunError(
+            f"{sampler.name}: image {start + broken[0]} has values that are not finite (the network diverged)"
+        )
+    return images

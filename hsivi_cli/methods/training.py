@@ -1,0 +1,107 @@
+"""A training run of a score network, from resolved options to a diffusers pipeline directory."""
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.metrics_log import plot_metrics, read_metrics
+from hsivi_cli.methods import ddpm
+from hsivi_cli.methods.sampling import to_uint8
+
+PREVIEW_IMAGES = 64
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
+def unet_arguments(
+    image_shape: tuple[int, int, int], channels: Sequence[int], blocks: int, attention: bool
+) -> dict[str, Any]:
+    """Arguments of a plain convolutional UNet2DModel; raises InputError if the sizes do not fit the images."""
+    colours, height, width = image_shape
+    halvings = 2 ** (len(channels) - 1)
+    if height % halvings or width % halvings:
+        raise InputError(f"--channels lists {len(channels)} levels, but {height}x{width} cannot be halved that often")
+    groups = math.gcd(32, *(width // 2 for width in channels))
+    if groups < 2:
+        raise InputError(f"--channels {','.join(map(str, channels))}: give multiples of 4, better of 16")
+    return {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": colours,
+        "out_channels": colours,
+        "block_out_channels": tuple(channels),
+        "layers_per_block": blocks,
+        "norm_num_groups": groups,
+        "down_block_types": ("DownBlock2D",) * len(channels),
+        "up_block_types": ("UpBlock2D",) * len(channels),
+        "add_attention": attention,
+    }
+
+
+def default_channels(size: int) -> tuple[int, ...]:
+    """Widths of a UNet for square images of this size, small enough to train on a CPU up to 32 pixels."""
+    if size <= 8:
+        return (32, 64)
+    return (32, 64, 128) if size <= 32 else (64, 128, 256, 256)
+
+
+def train(
+    images: UInt8[Tensor, "N c h w"],
+    config: ddpm.DDPMConfig,
+    directory: Path,
+    had_run: bool,
+    preview_every: int,
+    write_grid: Callable[[Any, Path], None],
+    on_log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train to `config.steps`, with previews, checkpoints and loss curves, then publish the pipeline.
+
+    `had_run` restores the last checkpoint first, if one was written; `write_grid(uint8 NHWC, path)` draws a preview.
+    """
+    state = ddpm.init(None, config)
+    if had_run and (directory / CHECKPOINT).is_file():
+        resume(ddpm, state, directory)
+
+    def preview(step: int) -> dict[str, float]:
+        drawn = ddpm.sample(state, NoiseStreams(config.seed, range(PREVIEW_IMAGES)))
+        write_grid(to_uint8(drawn), directory / f"samples-{step:06d}.png")
+        publish(state, directory)
+        return {}
+
+    hooks = Hooks(on_log, preview, lambda generator: ddpm.draw_batch(images, config.batch, generator))
+    loop = LoopConfig(config.steps, config.seed, log_every=50, checkpoint_every=500, preview_every=preview_every)
+    run_loop(ddpm, state, loop, directory, hooks)
+    publish(state, directory)
+    plot_metrics(read_metrics(directory / METRICS), ("loss", "grad_norm", "lr"), directory / "curves.png")
+
+
+def publish(state: ddpm.DDPMState, directory: Path) -> None:
+    """Write the averaged network as a diffusers pipeline (`DDPMPipeline.from_pretrained` opens `directory`)."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(state.config.schedule)
+    with tempfile.TemporaryDirectory(prefix=".publish-", dir=directory) as scratch:
+        DDPMPipeline(state.ema, scheduler).save_pretrained(scratch, safe_serialization=True)
+        for item in Path(scratch).iterdir():
+            target = directory / item.name
+            if target.is_dir():
+                shutil.move(target, Path(scratch) / f"old-{item.name}")
+            os.replace(item, target)
+
+
+def resolved(config: ddpm.DDPMConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """The run's configuration as plain JSON, with the data's name and hash; the device is not part of it."""
+    fields = dataclasses.asdict(config)
+    fields.pop("device")
+    fields["unet"] = {k: list(v) if isinstance(v, tuple) else v for k, v in fields["unet"].items()}
+    return {"method": "ddpm", "torch": torch.__version__, "data": data} | fields

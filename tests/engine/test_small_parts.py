@@ -1,0 +1,71 @@
+"""Seeds, learning rates, averages and the diagnosis."""
+
+import numpy as np
+import pytest
+import torch
+
+from hsivi_cli.engine.diagnosis import diagnose
+from hsivi_cli.engine.optimisation import LearningRate, apply_step, update_ema
+from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.errors import RunError
+
+
+def test_generators_differ_by_every_part_of_their_name():
+    names = [(0, Stream.TRAIN, 1), (1, Stream.TRAIN, 1), (0, Stream.INIT, 1), (0, Stream.TRAIN, 2), (0, Stream.TRAIN)]
+    first = [float(torch.rand((), generator=generator(*name))) for name in names]
+    assert len(set(first)) == len(first)
+    assert first[0] == float(torch.rand((), generator=generator(0, Stream.TRAIN, 1)))
+
+
+def test_noise_streams_do_not_depend_on_the_batch():
+    whole = NoiseStreams(5, range(6))
+    parts = [NoiseStreams(5, range(i, i + 2)) for i in (0, 2, 4)]
+    for _ in range(3):
+        assert torch.equal(whole.draw((2, 3)), torch.cat([part.draw((2, 3)) for part in parts]))
+
+
+def test_noise_is_standard_normal_and_streams_are_independent():
+    noise = NoiseStreams(0, range(200)).draw((500,)).double()
+    n = noise.numel()
+    assert abs(noise.mean()) < 5 / n**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / n) ** 0.5
+    correlation = np.corrcoef(noise.numpy())[np.triu_indices(200, 1)]
+    assert abs(correlation).max() < 6 / 500**0.5
+    assert not torch.equal(noise[:1], NoiseStreams(1, [0]).draw((500,)).double())
+
+
+def test_learning_rates():
+    cosine = LearningRate(1.0, 10, "cosine")
+    assert cosine.at(1, 100) < 0.11
+    assert cosine.at(50, 100) == pytest.approx(0.5)
+    assert cosine.at(100, 100) == pytest.approx(0.0, abs=1e-12)
+    assert LearningRate(1.0, 1, "exponential").at(6000, 10000) == pytest.approx(0.81)
+    assert LearningRate(1.0, 1, "constant").at(6000, 10000) == 1.0
+
+
+def test_ema_of_a_constant_is_the_constant_and_starts_fast():
+    average = torch.zeros(1)
+    for step in range(1, 200):
+        update_ema([average], [torch.ones(1)], step, 0.99)
+    assert average.item() > 0.8
+    for step in range(200, 3000):
+        update_ema([average], [torch.ones(1)], step, 0.99)
+    assert average.item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_clipping_bounds_the_step_and_nan_is_named():
+    w = torch.nn.Parameter(torch.zeros(2))
+    optimiser = torch.optim.SGD([w], lr=1.0)
+    norm = apply_step((w * torch.tensor([30.0, 40.0])).sum(), optimiser, [w], 1.0, 1.0)
+    assert norm == pytest.approx(50.0)
+    assert w.detach().norm().item() == pytest.approx(1.0, rel=1e-4)
+    with pytest.raises(RunError, match="not finite"):
+        apply_step((w * float("nan")).sum(), optimiser, [w], 1.0, 1.0)
+
+
+def test_diagnosis_tells_the_two_failures_apart():
+    good = diagnose([2.0] * 30, [2.0] * 30)
+    assert (good.tracking, good.advice) == (1.0, "healthy")
+    assert diagnose([2.0] * 5, [2.0] * 5).advice == "too early to tell"
+    assert "critic not tracking" in diagnose([-1.0] * 30, [2.0] * 30).advice
+    assert "student diverging" in diagnose([1.0] * 20 + [5.0] * 20, [1.0] * 20 + [5.0] * 20).advice

@@ -1,0 +1,139 @@
+"""Gradient routing, cost, and resumption of distillation, on an 8x8 one-block network."""
+
+import pytest
+import torch
+
+from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.methods import hsivi_sm
+from hsivi_cli.methods.hsivi_sm import DistillConfig
+from hsivi_cli.targets.score_net import load_score_net
+
+OBJECTIVES = ("sm", "diffused-fisher", "diffused-kl")
+
+
+def make_state(tiny_teacher, **settings):
+    config = DistillConfig(**({"grid": (0, 50, 200, 800), "steps": 8, "batch": 6, "critic_steps": 2} | settings))
+    return hsivi_sm.init(load_score_net(tiny_teacher), config)
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def moved(before, module):
+    return any(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def advance(state, steps):
+    for _ in range(steps):
+        hsivi_sm.step(state, None, generator(state.config.seed, Stream.TRAIN, state.step + 1))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_critic_step_moves_the_critic_alone(tiny_teacher, objective):
+    state = make_state(tiny_teacher, objective=objective)
+    state.step = 1
+    draws = generator(0, Stream.TRAIN, 1)
+    rollout = hsivi_sm.roll_out(state, draws)
+    student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
+    hsivi_sm.critic_step(state, rollout, draws)
+    assert moved(critic, state.critic)
+    assert not moved(student, state.student)
+    assert not moved(teacher, state.teacher.unet)
+    assert all(p.grad is None for p in state.student.parameters())
+    assert state.log_gamma.grad is None
+    assert torch.equal(state.log_gamma, torch.zeros_like(state.log_gamma))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_student_step_moves_the_student_and_log_gamma_alone(tiny_teacher, objective):
+    state = make_state(tiny_teacher, objective=objective)
+    advance(state, 2)  # the critic must differ from the teacher, or the gap and every gradient is zero
+    draws = generator(0, Stream.TRAIN, 3)
+    rollout = hsivi_sm.roll_out(state, draws)
+    for p in state.critic.parameters():
+        p.grad = None
+    student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
+    log_gamma = state.log_gamma.detach().clone()
+    hsivi_sm.student_step(state, rollout, draws)
+    assert moved(student, state.student)
+    assert not torch.equal(log_gamma, state.log_gamma)
+    assert not moved(critic, state.critic)
+    assert not moved(teacher, state.teacher.unet)
+    assert all(p.grad is None for p in state.critic.parameters())
+    assert all(p.requires_grad for p in state.critic.parameters())
+
+
+@pytest.mark.parametrize("log_gamma", ["map", "layer", "scalar"])
+def test_resume_is_bit_exact(tiny_teacher, tmp_path, log_gamma):
+    straight = make_state(tiny_teacher, log_gamma=log_gamma)
+    advance(straight, 5)
+    stopped = make_state(tiny_teacher, log_gamma=log_gamma)
+    advance(stopped, 2)
+    save_checkpoint(tmp_path / "c.safetensors", hsivi_sm.state_dict(stopped))
+    resumed = make_state(tiny_teacher, log_gamma=log_gamma)
+    hsivi_sm.load_state_dict(resumed, load_checkpoint(tmp_path / "c.safetensors"))
+    advance(resumed, 3)
+    for name in ("student", "critic", "ema_student"):
+        assert not moved(weights(getattr(straight, name)), getattr(resumed, name)), name
+    assert torch.equal(straight.ema_log_gamma, resumed.ema_log_gamma)
+
+
+def count_forwards(module):
+    calls = []
+    module.register_forward_hook(lambda m, args, out: calls.append(len(args[0])))
+    return calls
+
+
+def test_rollout_cache_spares_the_student_in_critic_steps(tiny_teacher):
+    for cache, chains in ((True, 8), (False, 12)):
+        state = make_state(tiny_teacher, batch=12, critic_steps=4, rollout_cache=cache)
+        student, critic = count_forwards(state.student), count_forwards(state.critic)
+        advance(state, 1)
+        layers = 3
+        rollouts = 1 if cache else 4
+        assert student == [chains] * layers * rollouts + [12]  # rollouts, then the student step's own forward
+        assert critic == [12] * 5
+
+
+def test_cached_and_fresh_rollouts_give_the_same_layer_inputs(tiny_teacher):
+    state = make_state(tiny_teacher, batch=6, rollout=6)
+    cached = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
+    fresh_state = make_state(tiny_teacher, batch=6, rollout_cache=False)
+    fresh = hsivi_sm.roll_out(fresh_state, generator(0, Stream.TRAIN, 1))
+    for i, k in enumerate(fresh.k.tolist()):
+        row = (3 - k) * 6 + i
+        assert int(cached.k[row]) == k
+        torch.testing.assert_close(cached.x[row], fresh.x[i])
+        torch.testing.assert_close(cached.eps[row], fresh.eps[i])
+
+
+def test_student_at_start_is_ddim_with_eta(tiny_teacher):
+    state = make_state(tiny_teacher)
+    drawn = hsivi_sm.sample(state, NoiseStreams(3, range(4)))
+    noise, layers = NoiseStreams(3, range(4)), state.layers
+    x = noise.draw(state.teacher.shape)
+    for k in range(3, 0, -1):
+        eps = state.teacher.eps(x, layers.times[k])
+        x = layers.A[k].float() * x + layers.B[k].float() * eps
+        if k > 1:
+            x = x + layers.c1[k].float() * noise.draw(state.teacher.shape)
+    torch.testing.assert_close(drawn, x)
+
+
+def test_sm_compares_at_the_layers_own_time(tiny_teacher):
+    state = make_state(tiny_teacher, objective="sm", batch=64)
+    rollout = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
+    _, k, _, t = hsivi_sm._draw_comparison(state, rollout, generator(0, Stream.TRAIN, 2))
+    assert torch.equal(t, state.layers.times[k - 1])
+
+
+def test_warm_start_takes_the_other_students_weights(tiny_teacher):
+    state = make_state(tiny_teacher)
+    advance(state, 2)
+    donor = hsivi_sm.averaged_student(state)
+    config = DistillConfig(grid=(0, 300, 800), steps=4, batch=6)
+    warm = hsivi_sm.init(state.teacher, config, donor)
+    assert not moved(weights(donor.unet), warm.student)
+    assert moved(weights(donor.unet), warm.critic)
