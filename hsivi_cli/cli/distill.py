@@ -77,6 +77,7 @@ def distill(
     from hsivi_cli.io.run_directory import open_run
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig
+    from hsivi_cli.methods.student import load_student
     from hsivi_cli.targets.score_net import load_score_net
 
     device = options.resolve_device(device, threads)
@@ -117,6 +118,8 @@ def distill(
         "warm_start": warm_start,
         "init_from": str(init_from) if init_from else None,
     }
+    if init_from is not None and load_student(init_from).shape != teacher.shape:
+        raise InputError(f"--init-from {init_from} draws images of another size than the teacher")
     outputs = _outputs(teacher, reference, fid_images, preview_every, steps)
     open_run(out, plan, resume)
     start = init_from

@@ -102,23 +102,19 @@ def _open_samples(
     """Images, or a sampler with what the protocol says about it."""
     import sys
 
+    from hsivi_cli.io.files import read_json
     from hsivi_cli.io.images import read_image_stream, read_images
-    from hsivi_cli.methods.sampling import solver_sampler, student_sampler
-    from hsivi_cli.methods.student import find_students, load_student, select_student
-    from hsivi_cli.targets.score_net import load_score_net
+    from hsivi_cli.methods.sampling import open_sampler
+    from hsivi_cli.methods.student import DESCRIPTION, find_students, select_student
 
-    path = Path(samples)
-    if samples == "shipped" or (path.is_dir() and solver is None and find_students(path)):
-        if solver or spacing:
-            raise InputError("--solver and --spacing sample a teacher: name the teacher's directory instead of shipped")
-        student = load_student(select_student(None if samples == "shipped" else path, nfe), device)
-        sampler = student_sampler(student)
-        return sampler, _story_of(sampler) | {"teacher_fid": student.description.get("teacher_fid")}
-    if path.is_dir() and ((path / "unet").is_dir() or (path / "scheduler").is_dir() or solver):
-        if solver is None or nfe is None:
-            raise InputError(f"{samples} is a teacher: say how to sample it, as in --solver ddim --nfe 50")
-        sampler = solver_sampler(load_score_net(path, device), solver, nfe, spacing)
-        return sampler, _story_of(sampler)
+    path = None if samples == "shipped" else Path(samples)
+    if path is None or (path.is_dir() and (solver or (path / "unet").is_dir() or find_students(path))):
+        sampler = open_sampler(path, nfe, solver, spacing, device)
+        drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
+        drawn["quantisation"] = sampler.description["quantisation"]
+        if solver is None:
+            drawn["teacher_fid"] = read_json(select_student(path, sampler.nfe) / DESCRIPTION).get("teacher_fid")
+        return sampler, drawn
     given = [
         name for name, value in (("--solver", solver), ("--nfe", nfe), ("--spacing", spacing)) if value is not None
     ]
@@ -129,12 +125,6 @@ def _open_samples(
     if samples == "-":
         return read_image_stream(sys.stdin.buffer, limit), {}
     return read_images(samples, limit), {}
-
-
-def _story_of(sampler: "Sampler") -> dict[str, Any]:
-    return {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description} | {
-        "quantisation": sampler.description.get("quantisation", "uint8, round half to even, clamp")
-    }
 
 
 def _load_extractor(choice: str, weights: Path | None, device: str, defaulted: bool) -> "Extractor":

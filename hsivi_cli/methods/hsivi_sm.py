@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.errors import InputError
 from hsivi_cli.methods.student import Student, chain_states, sample_student
 from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
 from hsivi_cli.targets.score_net import ScoreNet
@@ -106,8 +105,6 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
     """Student and critic start as copies of the teacher; the student may start from another student instead."""
     student = copy.deepcopy(target.unet)
     if warm_start is not None:
-        if warm_start.shape != target.shape:
-            raise InputError(f"the student to start from draws {warm_start.shape} images, the teacher {target.shape}")
         student.load_state_dict(warm_start.unet.state_dict())
     student = student.to(config.device).eval().requires_grad_(True)  # eval: no dropout, as the teacher
     critic = copy.deepcopy(target.unet).to(config.device).eval().requires_grad_(True)

@@ -1,0 +1,71 @@
+"""`hsivi sample`: images from a student, or from a solver on its teacher."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hsivi_cli.cli import console, options
+from hsivi_cli.errors import InputError
+
+
+def sample(
+    student: Annotated[
+        Path | None,
+        typer.Argument(help="Student or run directory (with --solver: a teacher's). Default: the shipped one."),
+    ] = None,
+    nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
+    n: Annotated[int, typer.Option("-n", "--num-samples", min=1, help="How many images.")] = 64,
+    seed: options.Seed = 0,
+    out: Annotated[
+        str, typer.Option("--out", help="grid.png, samples.npy, samples.npz, a folder of PNGs, or - for stdout (.npy).")
+    ] = "grid.png",
+    solver: options.Solver = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option("--spacing", help="Solver's time steps: leading, trailing or linspace; default: its best."),
+    ] = None,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Draw images from a student in a few network evaluations, or from its teacher with --solver."""
+    if out == "-" and as_json:
+        raise InputError("--out - and --json both want stdout: write to a file with --out")
+    if out == "-" and sys.stdout.isatty():
+        raise InputError("--out - would print binary data on the terminal: pipe it, or name a file")
+    import time
+
+    from hsivi_cli.io.samples import open_destination, write_samples
+    from hsivi_cli.methods.sampling import draw_images, open_sampler
+
+    device = options.resolve_device(device, threads)
+    sampler = open_sampler(student, nfe, solver, spacing, device)
+    destination = open_destination(out, sampler.shape[0], force)
+    console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
+    start = time.perf_counter()
+    with console.progress("sampling", n) as advance:
+        batches = list(draw_images(sampler, n, seed, batch_size, on_batch=advance))
+    seconds = time.perf_counter() - start
+    stream = write_samples(destination, batches)
+    console.story(f"drawn in {seconds:.2f} s, {n / seconds:.1f} images/s")
+    if stream is not None:
+        console.result_bytes(stream)
+    elif as_json:
+        console.result_json(
+            {
+                "out": out,
+                "n": n,
+                "nfe": sampler.nfe,
+                "seed": seed,
+                "device": device,
+                "sampler": sampler.description,
+                "seconds": seconds,
+                "images_per_second": n / seconds,
+            }
+        )
+    else:
+        console.result_line(out)

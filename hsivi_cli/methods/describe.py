@@ -1,0 +1,110 @@
+"""What a path holds (score network, student, run, tensors, statistics), read without running anything."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import read_json, sha256
+from hsivi_cli.io.metrics_log import read_metrics
+from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
+from hsivi_cli.targets.score_net import load_score_net
+
+KINDS = "a score network, a student, a run, a .safetensors file or an .npz of statistics"
+_ARCHITECTURE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Plain JSON facts about `path`, with `kind` first; raises InputError if it is nothing we know, or is damaged."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: name {KINDS}")
+    if path.suffix == ".safetensors":
+        return describe_safetensors(path)
+    if path.suffix == ".npz":
+        return describe_arrays(path)
+    if (path / DESCRIPTION).is_file():
+        return describe_student(path)
+    if (path / "scheduler" / "scheduler_config.json").is_file():
+        return {"kind": "teacher", "path": str(path)} | _teacher(path)
+    if path.is_dir() and (
+        find_students(path) or (path / "metrics.jsonl").is_file() or (path / "config.json").is_file()
+    ):
+        return describe_run(path)
+    raise InputError(f"{path} is not known: name {KINDS}")
+
+
+def describe_student(path: Path) -> dict[str, Any]:
+    """Facts about a student directory: its chain, its noise levels, its network and where it came from."""
+    student = load_student(path)
+    own = {"format", "nfe", "grid", "eta", "schedule"}
+    facts = {"kind": "student", "path": str(path), "sha256": student.sha256, "nfe": student.nfe}
+    facts |= {"grid": list(student.grid), "eta": student.eta}
+    facts["log_gamma"] = {
+        "shape": list(student.log_gamma.shape),
+        "min": float(student.log_gamma.min()),
+        "max": float(student.log_gamma.max()),
+    }
+    facts |= {"schedule": student.schedule.config} | _network(student.unet)
+    return facts | {key: value for key, value in student.description.items() if key not in own}
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """Facts about a run directory: configuration, students, teacher, last metrics and checkpoints, as far as they exist."""
+    metrics = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record, dict)]
+    facts: dict[str, Any] = {"kind": "run", "path": str(path)}
+    facts["students"] = {str(nfe): str(where) for nfe, where in find_students(path).items()}
+    facts["latest_metrics"] = metrics[-1] if metrics else None
+    facts["steps"] = metrics[-1].get("step") if metrics else None
+    facts["checkpoints"] = sorted(
+        str(file.relative_to(path)) for file in path.glob("**/*checkpoint*") if file.is_file()
+    )
+    for name in ("config.json", "checkpoint.json"):
+        if (path / name).is_file():
+            facts[name.removesuffix(".json")] = read_json(path / name)
+    return facts
+
+
+def describe_safetensors(path: Path) -> dict[str, Any]:
+    """Facts about a safetensors file from its header alone; raises InputError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: {"dtype": view.get_dtype(), "shape": view.get_shape()} for name, view in views.items()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as err:
+        raise InputError(f"{path} is damaged or no safetensors file ({err})") from err
+    facts = {"kind": "safetensors", "path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size}
+    elements = sum(int(np.prod(tensor["shape"])) for tensor in tensors.values())
+    return facts | {"parameters": elements, "metadata": metadata, "tensors": tensors}
+
+
+def describe_arrays(path: Path) -> dict[str, Any]:
+    """Facts about an `.npz`: keys, types and shapes, from the headers alone; raises InputError if it is damaged."""
+    arrays: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    version = np.lib.format.read_magic(file)
+                    wide = version != (1, 0)
+                    read = np.lib.format.read_array_header_2_0 if wide else np.lib.format.read_array_header_1_0
+                    shape, _, dtype = read(file)
+                arrays[name.removesuffix(".npy")] = {"dtype": str(dtype), "shape": list(shape)}
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as err:
+        raise InputError(f"{path} is damaged or no .npz file ({err})") from err
+    return {"kind": "arrays", "path": str(path), "sha256": sha256(path), "arrays": arrays}
+
+
+def _teacher(path: Path) -> dict[str, Any]:
+    score_net = load_score_net(path)
+    return {"sha256": score_net.sha256, "schedule": score_net.schedule.config} | _network(score_net.unet)
+
+
+def _network(unet: Any) -> dict[str, Any]:
+    architecture = {key: unet.config[key] for key in _ARCHITECTURE}
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    return {"network": "UNet2DModel", "parameters": parameters} | architecture

@@ -1,0 +1,147 @@
+"""`hsivi evaluate` from the command line: results on stdout, the story on stderr, exit codes."""
+
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hsivi_cli.cli.app import main
+from hsivi_cli.evaluation import metrics
+from hsivi_cli.io.images import read_images
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSETS", 2)
+
+
+def evaluate(capsys, *argv: str) -> tuple[int, str, str]:
+    code = main(["evaluate", *argv, "--device", "cpu"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def array(tmp_path):
+    """28x28 noise in a file."""
+    path = tmp_path / "noise.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (80, 28, 28), dtype=np.uint8))
+    return str(path)
+
+
+def test_import_is_light():
+    code = (
+        "import sys; import hsivi_cli.cli.evaluate; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_json_is_all_of_stdout(capsys, array):
+    code, out, err = evaluate(capsys, array, "--reference", "digits", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["metrics"]["fid@80"] > 10
+    assert set(found["metrics"]) == {
+        f"{m}@80" for m in ("fid", "kid", "kid_std", "isc", "isc_std", "precision", "recall")
+    }
+    assert found["protocol"]["reference"]["n"] == 60_000
+    assert found["protocol"]["samples"]["quantisation"]
+    assert "warning" in err
+
+
+def test_table(capsys, array):
+    code, out, _ = evaluate(capsys, array, "--reference", "digits", "-n", "70")
+    assert code == 0
+    assert "fid@70" in out
+    assert "weights_sha256" in out
+
+
+def test_gate_prints_first(capsys, array):
+    code, out, err = evaluate(capsys, array, "--reference", "digits", "--json", "--max-fid", "0.5")
+    assert code == 3
+    assert json.loads(out)["metrics"]["fid@80"] > 0.5
+    assert "--max-fid" in err
+
+
+def test_stream(capsys, monkeypatch):
+    buffer = io.BytesIO()
+    np.save(buffer, read_images("digits", 100).images)
+    np.save(buffer, read_images("digits", 100).images)
+    buffer.seek(0)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer))
+    code, out, _ = evaluate(capsys, "-", "--reference", "digits", "--json")
+    assert code == 0
+    assert "fid@200" in json.loads(out)["metrics"]
+
+
+def test_student_does_not_depend_on_the_batch(capsys, tiny_run):
+    found = []
+    for batch in ("3", "8"):
+        argv = (str(tiny_run), "--nfe", "3", "-n", "8", "--reference", "digits", "--json", "--batch-size", batch)
+        code, out, _ = evaluate(capsys, *argv)
+        assert code == 0
+        found.append(json.loads(out))
+    samples = found[0]["protocol"]["samples"]
+    assert samples["sha256"] == found[1]["protocol"]["samples"]["sha256"]
+    assert (samples["nfe"], samples["seed"]) == (3, 0)
+    assert samples["model"]["sha256"]
+    assert samples["teacher_fid"] is None
+
+
+def test_teacher(capsys, tiny_teacher):
+    argv = ("--reference", "digits", "--json", "-n", "6")
+    code, out, _ = evaluate(capsys, str(tiny_teacher), "--solver", "ddim", "--nfe", "3", *argv)
+    assert code == 0
+    assert json.loads(out)["protocol"]["samples"]["model"]["solver"] == "ddim"
+    code, out, err = evaluate(capsys, str(tiny_teacher), *argv)
+    assert (code, out) == (2, "")
+    assert "--solver" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["{array}", "--reference", "{small}"], "8x8 grey"),
+        (["{array}", "--reference", "missing.npz"], "does not exist"),
+        (["missing.npy", "--reference", "digits"], "does not exist"),
+        (["{array}", "--reference", "digits", "--nfe", "5"], "--nfe is for models"),
+        (["{array}", "--reference", "digits", "--features", "inception"], "nothing is downloaded"),
+        (["{array}", "--reference", "digits", "--features", "what"], "unknown"),
+        (["{array}", "--reference", "digits", "--device", "nonsense"], "not available"),
+        (["{large}", "--reference", "digits", "--features", "digits"], "12x12"),
+        (["{large}", "--reference", "{stats}", "--features", "digits"], "3 features"),
+        (["{array}"], "--reference"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, array, argv, says):
+    monkeypatch.delenv("HSIVI_INCEPTION_WEIGHTS", raising=False)
+    for name, size in (("small", 8), ("large", 12)):
+        np.save(tmp_path / f"{name}.npy", np.zeros((4, size, size), np.uint8))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    paths = {"small": tmp_path / "small.npy", "large": tmp_path / "large.npy", "stats": tmp_path / "stats.npz"}
+    code = main(["evaluate", *(a.format(array=array, **paths) for a in argv)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("error:") == 1
+
+
+def test_shipped_statistics_belong_to_digits(capsys, tmp_path, array):
+    import torch
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean(-1).flatten(1)
+
+    torch.jit.save(torch.jit.script(Mean()), str(tmp_path / "mean.pt"))
+    code, _, err = evaluate(capsys, array, "--reference", "digits", "--features", str(tmp_path / "mean.pt"))
+    assert code == 2
+    assert "--features digits" in err
+    code, out, _ = evaluate(capsys, array, "--reference", array, "--features", str(tmp_path / "mean.pt"), "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"]["isc@80"] is None

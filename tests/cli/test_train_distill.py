@@ -1,0 +1,166 @@
+"""The main job as a user runs it, small: train on the 8x8 digits, distil, stop and resume, and every wrong turn."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hsivi_cli.cli.app import main
+
+TRAIN = ["train", "--data", "digits", "--steps", "6", "--batch", "8", "--channels", "16,32", "--warmup", "2"]
+DISTILL = ["--nfe", "2,3", "--steps", "4", "--batch", "8", "--critic-steps", "2", "--preview-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train") / "teacher"
+    assert main([*TRAIN, "--out", str(path), "--preview-every", "3"]) == 0
+    return path
+
+
+def test_teacher_opens_in_diffusers(teacher):
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(teacher)
+    assert pipeline.unet.config.sample_size == 8
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert (teacher / "samples-000006.png").is_file()
+    assert (teacher / "curves.png").is_file()
+
+
+def test_training_resumes_bit_exactly_and_refuses_other_options(teacher, tmp_path, capsys):
+    from hsivi_cli.engine import loop
+
+    stopped = tmp_path / "stopped"
+    original = loop.save_checkpoint
+
+    def stop(path, tree):
+        original(path, tree)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", stop)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        assert main([*TRAIN, "--out", str(stopped), "--preview-every", "3"]) == 130
+    assert not (stopped / "unet").exists()
+    assert main([*TRAIN, "--out", str(stopped)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*TRAIN, "--out", str(stopped), "--lr", "0.5", "--resume"]) == 2
+    assert "lr" in capsys.readouterr().err
+    assert main([*TRAIN, "--out", str(stopped), "--preview-every", "3", "--resume"]) == 0
+    ours, straight = (load_file(p / "unet/diffusion_pytorch_model.safetensors") for p in (stopped, teacher))
+    assert all(torch.equal(ours[name], straight[name]) for name in straight)
+
+
+def test_distill_writes_students_that_diffusers_opens(teacher, tmp_path, capsys):
+    from diffusers import UNet2DModel
+
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["distill", "--score-net", str(teacher), "--out", str(run), *DISTILL, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [p.rsplit("/", 1)[1] for p in result["students"]] == ["nfe2", "nfe3"]
+    assert UNet2DModel.from_pretrained(run / "nfe2" / "unet").config.sample_size == 8
+    fields = json.loads((run / "nfe3" / "hsivi.json").read_text())
+    assert (fields["nfe"], fields["step"], len(fields["grid"])) == (3, 4, 4)
+    work = run / "training" / "nfe3"
+    assert (work / "samples-000002.png").is_file()
+    assert (work / "curves.png").is_file()
+    lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    assert main(["sample", str(run), "--nfe", "2", "-n", "3", "--out", str(tmp_path / "x.npy")]) == 0
+    assert main(["sample", str(run), "--nfe", "7", "-n", "3", "--out", str(tmp_path / "y.npy")]) == 2
+    assert "2, 3" in capsys.readouterr().err
+
+
+def test_distill_resumes_bit_exactly_after_a_kill(teacher, tmp_path):
+    from hsivi_cli.engine import loop
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    arguments = ["distill", "--score-net", str(teacher), *DISTILL]
+    assert main([*arguments, "--out", str(straight)]) == 0
+    original, calls = loop.save_checkpoint, []
+
+    def crash(path, tree):
+        original(path, tree)
+        calls.append(path)
+        if len(calls) == 6:  # four for NFE 2, then in the middle of NFE 3
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", crash)
+        patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        assert main([*arguments, "--out", str(stopped)]) == 130
+    assert main([*arguments, "--out", str(stopped), "--resume"]) == 0
+    for k in (2, 3):
+        for name in ("unet/diffusion_pytorch_model.safetensors", "log_gamma.safetensors"):
+            ours, theirs = load_file(stopped / f"nfe{k}" / name), load_file(straight / f"nfe{k}" / name)
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs), (k, name)
+
+
+@pytest.mark.parametrize("objective", ["sm", "diffused-fisher", "diffused-kl"])
+def test_dry_run_reports_and_writes_nothing(teacher, tmp_path, capsys, objective):
+    capsys.readouterr()
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "3", "--batch", "8", "--objective", objective]
+    assert main([*arguments, "--out", str(tmp_path / "run"), "--dry-run", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["dry_run"]
+    assert report["seconds_per_step"] > 0
+    assert report["memory_bytes"] > 0
+    assert report["critic_steps"] == (20 if objective == "sm" else 5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_warm_start_goes_from_the_larger_nfe_to_the_smaller(teacher, tmp_path):
+    run = tmp_path / "run"
+    assert main(["distill", "--score-net", str(teacher), "--out", str(run), *DISTILL, "--warm-start"]) == 0
+    started = {k: json.loads((run / f"nfe{k}" / "hsivi.json").read_text())["started_from"] for k in (2, 3)}
+    assert started == {3: "teacher", 2: str(run / "nfe3")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--score-net", "nowhere"], "nowhere does not exist"),
+        (["--nfe", "ten"], "--nfe"),
+        (["--nfe", "0"], "--nfe 0"),
+        (["--nfe", "5,5"], "repeats"),
+        (["--grid", "0,5"], "--grid"),
+        (["--objective", "gan"], "--objective"),
+        (["--log-gamma", "pixel"], "--log-gamma"),
+        (["--precision", "fp8"], "--precision"),
+        (["--lr-schedule", "step"], "--lr-schedule"),
+        (["--device", "cuda:99"], "--device"),
+        (["--init-from", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_end_with_one_line_and_leave_nothing(teacher, tmp_path, capsys, arguments, what):
+    out = tmp_path / "run"
+    base = ["distill", "--out", str(out), "--nfe", "3", "--steps", "1"]
+    base += [] if "--score-net" in arguments else ["--score-net", str(teacher)]
+    assert main([*base, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert what in captured.err
+    assert captured.err.strip().count("\n") == 0
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_a_teacher_that_changed_is_not_resumed(teacher, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    run = tmp_path / "run"
+    arguments = ["distill", "--out", str(run), "--nfe", "2", "--steps", "1", "--batch", "4", "--preview-every", "0"]
+    assert main([*arguments, "--score-net", str(teacher)]) == 0
+    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"beta_end": 0.03}))
+    assert main([*arguments, "--score-net", str(other), "--resume"]) == 2
+    assert "teacher_sha256" in capsys.readouterr().err
+
+
+def test_training_data_that_does_not_fit(tmp_path, capsys):
+    assert main(["train", "--data", "digits", "--channels", "8,8,8,8,8", "--out", str(tmp_path / "t")]) == 2
+    assert "--channels" in capsys.readouterr().err
+    assert main(["train", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "t")]) == 2
+    assert not (tmp_path / "t").exists()
