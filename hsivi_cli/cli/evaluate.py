@@ -148,8 +148,9 @@ def _open_reference(
         raise InputError(
             f"--reference digits has 28x28 and 8x8 images, the samples are {shape[0]}x{shape[1]}: name another"
         )
-    path = asset(SHIPPED_REFERENCE) if reference == "digits" and shape[:2] == (28, 28) else Path(reference)
-    if reference == "digits" and path.name != reference and choice != "digits":
+    shipped = reference == "digits" and shape[:2] == (28, 28)
+    path = asset(SHIPPED_REFERENCE) if shipped else Path(reference)
+    if shipped and choice != "digits":
         raise InputError(
             f"--reference digits at 28x28 goes with --features digits, not {choice}: name MNIST's idx file"
         )

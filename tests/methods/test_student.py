@@ -1,0 +1,96 @@
+"""Students on disk: a round trip changes nothing, a broken one is named, a run offers the NFE it has."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.methods.student import load_student, sample_student, save_student, select_student
+
+
+@pytest.fixture
+def copied(tiny_student, tmp_path):
+    path = tmp_path / "student"
+    shutil.copytree(tiny_student, path)
+    return path
+
+
+def test_round_trip(tiny_student, tmp_path):
+    student = load_student(tiny_student)
+    save_student(student, tmp_path / "again")
+    again = load_student(tmp_path / "again")
+    assert (again.grid, again.eta, again.nfe) == (student.grid, student.eta, student.nfe)
+    draws = [sample_student(s, NoiseStreams(0, range(3))) for s in (student, again)]
+    assert torch.equal(*draws)
+
+
+def test_saving_over_an_older_student_replaces_it_whole(tiny_student, tmp_path):
+    target = tmp_path / "s"
+    shutil.copytree(tiny_student, target)
+    (target / "leftover").write_text("old")
+    save_student(load_student(tiny_student), target)
+    assert not (target / "leftover").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_last_layer_adds_no_noise(tiny_student):
+    student = load_student(tiny_student)
+
+    class Counting(NoiseStreams):
+        draws = 0
+
+        def draw(self, shape, device="cpu"):
+            self.draws += 1
+            return super().draw(shape, device)
+
+    noise = Counting(0, range(2))
+    sample_student(student, noise)
+    assert noise.draws == student.nfe  # x_K and one a layer but the last
+
+
+def test_forwards_are_the_nfe(tiny_student):
+    student, calls = load_student(tiny_student), []
+    student.unet.register_forward_hook(lambda *args: calls.append(1))
+    sample_student(student, NoiseStreams(0, range(2)))
+    assert len(calls) == student.nfe
+
+
+def edit(path, **fields):
+    file = path / "hsivi.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda p: edit(p, format=99), "format"),
+        (lambda p: edit(p, grid=[0, 5]), "--grid"),
+        (lambda p: edit(p, grid="quad"), "hsivi.json"),
+        (lambda p: edit(p, eta=None), "description"),
+        (lambda p: edit(p, schedule={"prediction_type": "sample"}), "sample"),
+        (lambda p: (p / "log_gamma.safetensors").unlink(), "log_gamma"),
+        (lambda p: (p / "log_gamma.safetensors").write_bytes(b"junk"), "log_gamma"),
+        (lambda p: (p / "hsivi.json").write_text("no"), "JSON"),
+        (lambda p: shutil.rmtree(p / "unet"), "unet"),
+    ],
+)
+def test_broken_students_are_named(copied, damage, what):
+    damage(copied)
+    with pytest.raises(InputError, match=what):
+        load_student(copied)
+
+
+def test_a_run_offers_its_students(tiny_student, tmp_path):
+    nfe = load_student(tiny_student).nfe
+    shutil.copytree(tiny_student, tmp_path / f"nfe{nfe}")
+    assert select_student(tmp_path, nfe) == tmp_path / f"nfe{nfe}"
+    assert select_student(tmp_path, None) == tmp_path / f"nfe{nfe}"
+    with pytest.raises(InputError, match=f"students for NFE {nfe} only"):
+        select_student(tmp_path, nfe + 1)
+    with pytest.raises(InputError, match="holds no student"):
+        select_student(tmp_path / f"nfe{nfe}" / "unet", nfe)
+    with pytest.raises(InputError, match="does not exist"):
+        select_student(tmp_path / "none", nfe)

@@ -1,0 +1,99 @@
+"""Score networks: the same numbers as diffusers, the same hash everywhere, and one clear line for what is broken."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.targets.score_net import load_score_net
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copied(tiny_teacher, tmp_path):
+    path = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, path)
+    return path
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_predicts_what_diffusers_predicts(tiny_teacher):
+    from diffusers import UNet2DModel
+
+    net = load_score_net(tiny_teacher)
+    theirs = UNet2DModel.from_pretrained(tiny_teacher / "unet").eval()
+    x, t = torch.randn(3, *net.shape), torch.tensor([0, 10, 999])
+    with torch.no_grad():
+        torch.testing.assert_close(net.eps(x, t), theirs(x, t).sample)
+    assert not any(p.requires_grad for p in net.unet.parameters())
+
+
+def test_hash_names_weights_and_schedule_not_the_place(copied, tiny_teacher):
+    before = load_score_net(tiny_teacher).sha256
+    assert load_score_net(copied).sha256 == before
+    edit_json(copied / "scheduler/scheduler_config.json", beta_end=0.03)
+    changed_schedule = load_score_net(copied).sha256
+    tensors = load_file(copied / WEIGHTS)
+    tensors[next(iter(tensors))] += 1e-3
+    save_file(tensors, copied / WEIGHTS)
+    assert len({before, changed_schedule, load_score_net(copied).sha256}) == 3
+
+
+def truncate(path):
+    file = path / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def hostile_header(path):
+    (path / WEIGHTS).write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def pickle_only(path):
+    (path / WEIGHTS).unlink()
+    (path / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def nan_weight(path):
+    tensors = load_file(path / WEIGHTS)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path / WEIGHTS)
+
+
+def other_network(path):
+    save_file({"w": torch.ones(2)}, path / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (truncate, "damaged"),
+        (hostile_header, "damaged"),
+        (pickle_only, "pickle"),
+        (nan_weight, "NaN"),
+        (other_network, "does not fit"),
+        (lambda p: (p / WEIGHTS).unlink(), "does not exist"),
+        (lambda p: (p / "unet/config.json").write_text("{"), "JSON"),
+        (lambda p: (p / "unet/config.json").write_text("[1]"), "no JSON object"),
+        (lambda p: edit_json(p / "unet/config.json", block_out_channels=[3]), "config.json"),
+        (lambda p: edit_json(p / "unet/config.json", _class_name="UNet2DConditionModel"), "UNet2DConditionModel"),
+        (lambda p: edit_json(p / "unet/config.json", out_channels=2), "learned variance"),
+        (lambda p: edit_json(p / "unet/config.json", num_class_embeds=10), "class-conditional"),
+        (lambda p: edit_json(p / "scheduler/scheduler_config.json", prediction_type="v_prediction"), "v_prediction"),
+        (lambda p: edit_json(p / "scheduler/scheduler_config.json", beta_schedule="sigmoid"), "sigmoid"),
+        (lambda p: shutil.rmtree(p / "scheduler"), "no score network"),
+        (lambda p: shutil.rmtree(p), "does not exist"),
+    ],
+)
+def test_broken_checkpoints_are_named_in_one_line(copied, damage, what):
+    damage(copied)
+    with pytest.raises(InputError, match=what) as caught:
+        load_score_net(copied)
+    assert str(copied) in str(caught.value)
+    assert "\n" not in str(caught.value)
