@@ -1,4 +1,4 @@
-"""Samples on disk: a PNG grid, a folder of PNGs, `.npy`, `.npz` or a stream, checked before drawing, written in one step."""
+"""Samples on disk: a PNG grid, a folder of PNGs, `.npy`, `.npz` or a stream; checked before, written in one step."""
 
 import errno
 import io

@@ -51,7 +51,7 @@ def describe_student(path: Path) -> dict[str, Any]:
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Facts about a run directory: configuration, students, teacher, last metrics and checkpoints, as far as they exist."""
+    """Facts about a run directory: configuration, students, last metrics and checkpoints, as far as they exist."""
     metrics = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record, dict)]
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     facts["students"] = {str(nfe): str(where) for nfe, where in find_students(path).items()}

