@@ -13,6 +13,21 @@ from torch import Tensor
 from hsivi_cli.errors import InputError
 
 MAX_COSINE_BETA = 0.999
+# diffusers' schedulers that are defined by the betas of a variance-preserving process alone; flow matching, EDM and
+# variance-exploding ones are not, and would give wrong images without an error
+VP_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "HeunDiscreteScheduler",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,11 @@ def schedule_from_config(config: Mapping[str, Any], where: str = "scheduler conf
     trained = config.get("trained_betas")
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise InputError(f"{where}: prediction_type {config['prediction_type']!r} is not supported, only 'epsilon'")
+    kind_of = config.get("_class_name", "DDPMScheduler")
+    if kind_of not in VP_SCHEDULERS:
+        raise InputError(f"{where}: {kind_of} is not known to be variance preserving: use a DDPMScheduler config")
+    if not all(isinstance(value, int | float) for value in (start, end)):
+        raise InputError(f"{where}: beta_start and beta_end must be numbers, not {start!r} and {end!r}")
     if config.get("rescale_betas_zero_snr", False):
         raise InputError(f"{where}: rescale_betas_zero_snr leaves no signal at the last step, which is not supported")
     if not isinstance(steps, int) or steps < 2:

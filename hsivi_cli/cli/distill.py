@@ -8,6 +8,7 @@ import typer
 from hsivi_cli.cli import console, options
 
 if TYPE_CHECKING:
+    from hsivi_cli.methods.distillation import Outputs
     from hsivi_cli.methods.hsivi_sm import DistillConfig
     from hsivi_cli.targets.score_net import ScoreNet
 
@@ -120,7 +121,7 @@ def distill(
     }
     if init_from is not None and load_student(init_from).shape != teacher.shape:
         raise InputError(f"--init-from {init_from} draws images of another size than the teacher")
-    outputs = _outputs(teacher, reference, fid_images, preview_every, steps)
+    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device)
     open_run(out, plan, resume)
     start = init_from
     for k, config in configs.items():
@@ -134,15 +135,18 @@ def distill(
     console.story(f"draw from it: hsivi sample {out} --nfe {nfes[0]}")
 
 
-def _outputs(teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int) -> Any:
+def _outputs(
+    teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int, device: str
+) -> "Outputs":
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods.distillation import Outputs
 
     fid = None
     if reference is not None:
-        from hsivi_cli.evaluation.metrics import fid_against
+        from hsivi_cli.evaluation.reference import fid_against
 
-        fid = fid_against(reference, teacher.shape)
+        channels, height, width = teacher.shape
+        fid = fid_against(reference, (height, width, channels), device)
 
     def on_log(record: dict[str, Any], diagnosis: Any) -> None:
         line = f"step {record['step']:>6}/{steps}  critic {record['critic_loss']:9.2f}  fisher {record['fisher']:8.3f}"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.sampling import Sampler
 
 DEFAULT_DRAWS = 5_000
-SHIPPED_REFERENCE = "digit_features/reference_28x28.npz"
 
 
 def evaluate(
@@ -68,16 +67,17 @@ def evaluate(
 ) -> None:
     """Measure images against a reference: FID, KID, inception score, precision and recall, with the protocol stated."""
     from hsivi_cli.evaluation.metrics import extract_features
+    from hsivi_cli.evaluation.reference import default_features, open_reference
     from hsivi_cli.evaluation.report import evaluation_report
     from hsivi_cli.io.images import ImageSet
 
     device = options.resolve_device(device, threads)
     source, drawn = _open_samples(samples, nfe, solver, spacing, device, num_samples)
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
-    choice = features or ("digits" if channels == 1 and max(height, width) <= 28 else "inception")
+    choice = features or default_features((height, width, channels))
     # extractor and reference come first: what is wrong with them is known before minutes of drawing
     extractor = _load_extractor(choice, weights, device, defaulted=features is None)
-    known = _open_reference(reference, choice, extractor, (height, width, channels))
+    known = open_reference(reference, extractor, (height, width, channels))
     if not isinstance(source, ImageSet):
         count = num_samples or DEFAULT_DRAWS
         drawn |= {"n": count, "seed": seed}
@@ -134,42 +134,6 @@ def _load_extractor(choice: str, weights: Path | None, device: str, defaulted: b
     if defaulted:
         console.story(f"features: {choice} (choose with --features)")
     return extractor
-
-
-def _open_reference(
-    reference: str, choice: str, extractor: "Extractor", shape: tuple[int, int, int]
-) -> "ImageSet | Statistics":
-    """The reference's images or statistics; InputError where they cannot be compared with images of `shape`."""
-    from hsivi_cli.evaluation.metrics import has_statistics, read_statistics
-    from hsivi_cli.io.files import asset
-    from hsivi_cli.io.images import read_images
-
-    if reference == "digits" and shape[:2] not in ((28, 28), (8, 8)):
-        raise InputError(
-            f"--reference digits has 28x28 and 8x8 images, the samples are {shape[0]}x{shape[1]}: name another"
-        )
-    shipped = reference == "digits" and shape[:2] == (28, 28)
-    path = asset(SHIPPED_REFERENCE) if shipped else Path(reference)
-    if shipped and choice != "digits":
-        raise InputError(
-            f"--reference digits at 28x28 goes with --features digits, not {choice}: name MNIST's idx file"
-        )
-    if has_statistics(str(path)):
-        statistics = read_statistics(path)
-        if statistics.extractor_sha256 not in (None, extractor.sha256):
-            raise InputError(f"{path} was computed with other weights than {extractor.name}'s: they cannot be compared")
-        known: ImageSet | Statistics = statistics
-        theirs = statistics.image_shape
-    else:
-        known = images = read_images(reference)
-        theirs = images.shape
-    if theirs is not None and theirs != shape:
-        raise InputError(f"the reference {reference} has images of {_size(theirs)}, the samples of {_size(shape)}")
-    return known
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]} {'grey' if shape[-1] == 1 else 'RGB'}"
 
 
 def _draw(sampler: "Sampler", count: int, seed: int, batch_size: int, source: str) -> "ImageSet":

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed; one independent stream a sample.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; one independent stream a sample.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Samples a network call; never changes the images.")
 ]

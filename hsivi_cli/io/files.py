@@ -26,6 +26,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary_name(path)
     try:
         yield temporary
+        _share(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -53,6 +54,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
+            _share(file)
             _sync(file)
         if path.exists():
             os.replace(path, retired)
@@ -103,6 +105,14 @@ def asset(name: str) -> Path:
 
 def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _share(path: Path) -> None:
+    """Give a file the permissions that the user's umask asks for; some writers make theirs private."""
+    if path.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,9 @@
 """HSIVI distillation of a score network, without data (Yu et al. 2023, arXiv 2310.17153, HSIVI-SM).
 
 The chain `x_{k-1} = A_k x_k + B_k phi(x_k, t_k) + c1_k exp(log_gamma) z` walks the bridge `p_k` = data noised to time
-t_k, whose score is `-eps*(x, t_k) / s_k`. Each layer's marginal is matched to its bridge through a critic f that learns
-the noise prediction of the student's own marginal; layers are trained jointly, with no gradient through a layer's input.
+t_k, whose score is `-eps*(x, t_k) / s_k`. Each layer's marginal is matched to its bridge through a critic f that
+learns the noise prediction of the student's own marginal; the layers are trained jointly, with no gradient through a
+layer's input.
 
 Diffused matching (objectives `diffused-fisher` and `diffused-kl`): if the marginal at t_{k-1} is right, so is its
 diffusion at every later time, and conversely. Comparing at a random later time t' replaces the layer's small noise by

@@ -121,6 +121,8 @@ def load_student(path: Path, device: str = "cpu") -> Student:
         schedule = schedule_from_config(fields["schedule"], where=str(path / DESCRIPTION))
         grid = make_grid([int(t) for t in fields["grid"]], int(fields["nfe"]), schedule)
         eta = float(fields["eta"])
+        if not 0 <= eta <= 1:
+            raise InputError(f"{path / DESCRIPTION}: eta {eta} is not between 0 and 1")
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise InputError(f"{path / DESCRIPTION} is not a student's description: {err!r}") from err
     unet = load_unet(path / "unet").to(device).eval().requires_grad_(False)
@@ -133,7 +135,7 @@ def load_student(path: Path, device: str = "cpu") -> Student:
         raise InputError(
             f"{path / LOG_GAMMA}: shape {tuple(log_gamma.shape)} does not fit images of {shape}, or not finite"
         )
-    return Student(unet, log_gamma.to(device), grid, eta, schedule, fields, path, student_sha256(path))
+    return Student(unet, log_gamma.float().to(device), grid, eta, schedule, fields, path, student_sha256(path))
 
 
 def student_sha256(path: Path) -> str:
@@ -146,10 +148,17 @@ def student_sha256(path: Path) -> str:
 
 def find_students(path: Path) -> dict[int, Path]:
     """Students in a run directory, by NFE; a student directory is its own only student."""
-    if (path / DESCRIPTION).is_file():
-        return {int(read_json(path / DESCRIPTION).get("nfe", 0)): path}
-    candidates = sorted(path.glob(f"*/{DESCRIPTION}")) if path.is_dir() else []
-    return dict(sorted((int(read_json(file).get("nfe", 0)), file.parent) for file in candidates))
+    own = path / DESCRIPTION
+    candidates = [own] if own.is_file() else sorted(path.glob(f"*/{DESCRIPTION}"))
+    students: dict[int, Path] = {}
+    for file in candidates:
+        nfe = read_json(file).get("nfe")
+        if not isinstance(nfe, int):
+            raise InputError(f"{file}: nfe {nfe!r} is not a whole number")
+        if nfe in students:
+            raise InputError(f"{students[nfe]} and {file.parent} are both students for NFE {nfe}: name one of them")
+        students[nfe] = file.parent
+    return dict(sorted(students.items()))
 
 
 def select_student(path: Path | None, nfe: int | None) -> Path:

@@ -1,4 +1,4 @@
-"""Losses that match a layer's marginal to its bridge through a critic (HSIVI-SM, arXiv 2310.17153, and its diffused forms).
+"""Losses that match a layer's marginal to its bridge through a critic (HSIVI-SM, arXiv 2310.17153).
 
 All take the comparison point `y` at noise scale `s'`, sum over pixels and average over the batch. At `t' = t_{k-1}` the
 Fisher loss is the paper's HSIVI-SM; at later times it is the diffused one.

@@ -17,6 +17,7 @@ from hsivi_cli.io.files import read_json
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+MAX_SIDE = 4096
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -86,8 +87,9 @@ def load_unet(directory: Path) -> "UNet2DModel":
         raise InputError(f"{config_path}: {config['_class_name']} is not supported, only UNet2DModel")
     _check_pixel_space(config, config_path)
     tensors = _read_weights(weights_path, directory)
+    with torch.device("meta"):  # without memory: a hostile configuration must not exhaust it
+        _check_keys(_build(config, config_path), tensors, weights_path)
     unet = _build(config, config_path)
-    _check_keys(unet, tensors, weights_path)
     unet.load_state_dict(tensors)
     return unet
 
@@ -98,8 +100,13 @@ def _check_pixel_space(config: dict[str, Any], where: Path) -> None:
         raise InputError(
             f"{where}: {out_channels} output channels for {channels} inputs (learned variance?): not supported"
         )
-    if config.get("sample_size") is None:
-        raise InputError(f"{where}: sample_size is missing, so the image size is unknown: add it")
+    size = config.get("sample_size")
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
+        raise InputError(f"{where}: sample_size {size!r} is no image size: set it to the pixels of a side")
+    levels = config.get("block_out_channels")
+    if isinstance(levels, list) and any(side % 2 ** (len(levels) - 1) for side in sides):
+        raise InputError(f"{where}: sample_size {size} cannot be halved as often as block_out_channels asks")
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         raise InputError(f"{where}: class-conditional networks are not supported")
 

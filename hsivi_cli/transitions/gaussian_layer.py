@@ -36,7 +36,7 @@ class LayerCoefficients:
 
 
 def layer_coefficients(grid: Sequence[int], eta: float, schedule: NoiseSchedule) -> LayerCoefficients:
-    """Coefficients of every layer on `grid`; with log_gamma = 0 they are DDIM's with this `eta` (arXiv 2010.02502, eq. 12, 16)."""
+    """Coefficients of every layer on `grid`; at log_gamma = 0 DDIM's with this `eta` (arXiv 2010.02502, eq. 12)."""
     times = torch.tensor(list(grid))
     abar = schedule.abar[times]
     s = (1 - abar).sqrt()

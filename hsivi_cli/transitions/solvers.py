@@ -20,7 +20,7 @@ from hsivi_cli.errors import InputError
 
 SPACINGS = ("leading", "trailing", "linspace")
 
-# The spacing with the lowest FID, from this NFE upwards (hsivi.md, section 3b); pairs are (first NFE, spacing).
+# The spacing with the lowest FID, from this NFE upwards ; pairs are (first NFE, spacing).
 BEST_SPACING: dict[str, tuple[tuple[int, str], ...]] = {
     "ddim": ((1, "trailing"), (2, "leading"), (10, "trailing")),
     "dpm++": ((1, "leading"),),

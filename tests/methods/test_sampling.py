@@ -65,7 +65,7 @@ def test_reports_progress_a_batch():
 
 
 def test_failures_while_running_are_one_line():
-    with pytest.raises(RunError, match="image 0 .*not finite"):
+    with pytest.raises(RunError, match=r"image 0 .*not finite"):
         drawn(fake_sampler(lambda noise: noise.draw((1, 8, 8)) * float("nan")))
 
     def full(noise: NoiseStreams):
