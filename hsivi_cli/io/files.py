@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hsivi_cli.errors import InputError
+from safetensors import SafetensorError
+
+from hsivi_cli.errors import InputError, RunError
 
 
 @contextmanager
@@ -32,6 +34,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except PermissionError as err:
         raise InputError(f"cannot write {path}: permission denied") from err
+    except SafetensorError as err:  # how safetensors reports a full disk
+        raise RunError(f"{path} was not written ({err}): make room and try again") from err
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -62,6 +66,8 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     except PermissionError as err:
         raise InputError(f"cannot write {path}: permission denied") from err
+    except SafetensorError as err:  # how safetensors reports a full disk
+        raise RunError(f"{path} was not written ({err}): make room and try again") from err
     finally:
         if not path.exists() and retired.exists():
             os.replace(retired, path)
