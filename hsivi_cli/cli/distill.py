@@ -149,8 +149,9 @@ def _outputs(
         fid = fid_against(reference, (height, width, channels), device)
 
     def on_log(record: dict[str, Any], diagnosis: Any) -> None:
-        line = f"step {record['step']:>6}/{steps}  critic {record['critic_loss']:9.2f}  fisher {record['fisher']:8.3f}"
-        line += f"  tracking {diagnosis.tracking:5.2f}  {record['seconds_per_step']:.2f} s/step  {diagnosis.advice}"
+        line = f"step {record['step']:>6}/{steps}  mismatch {diagnosis.mismatch:8.4f}"
+        line += f"  critic error {diagnosis.critic_error:8.4f}  {record['seconds_per_step']:.2f} s/step"
+        line += f"  {diagnosis.advice}"
         if "fid" in record:
             line += f"  fid@{fid_images} {record['fid']:.4f}"
         console.story(line)

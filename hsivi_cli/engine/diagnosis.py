@@ -1,39 +1,58 @@
 """Tells "critic not tracking" from "student diverging", from two averages that cost nothing.
 
-With g = f - eps*, the Fisher value `E s'^2 [2 g (zeta/gamma' - eps*) - g^2]` equals `E s'^2 g^2` exactly when f is the
-best critic. Their ratio is therefore 1 for a critic that tracks the student, and falls towards or below 0 for one that
-does not. If the critic tracks, the Fisher value can be believed, and its growth means that the student moves away from
-the teacher.
+Write the critic as f = f* + error, f* the best critic and g* = f* - eps* the true gap. With g = f - eps*, the critic's
+claim is `E s'^2 g^2 = mismatch + critic_error` and the Fisher value is `E s'^2 [2 g (zeta/gamma' - eps*) - g^2] =
+mismatch - critic_error`, where mismatch = `E s'^2 g*^2` is the Fisher divergence itself (for an error without
+correlation to g*). Half their sum and half their difference are the two curves to watch: a student that diverges raises
+the mismatch, a critic that cannot follow raises its own error. A constant critic error is the noise of its optimiser,
+and harmless.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOW = 10  # log lines that are averaged; the ratio of single batches is noise
-TRACKING_FLOOR = 0.3
+WINDOW = 10  # log lines that are averaged; the Fisher value of a single batch is mostly noise
 GROWTH_CEILING = 2.0
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`tracking` is the ratio (1 is perfect), `growth` the Fisher value against its best so far; `advice` in words."""
+    """Averages over the last lines: `mismatch` of student and teacher, `critic_error`, and `advice` in words."""
 
-    tracking: float
-    growth: float
+    mismatch: float
+    critic_error: float
     advice: str
+
+    @property
+    def tracking(self) -> float:
+        """Share of the critic's claim that is real, 0 to 1."""
+        claim = self.mismatch + self.critic_error
+        return self.mismatch / claim if claim > 0 else 1.0
 
 
 def diagnose(fisher: Sequence[float], critic_gap: Sequence[float]) -> Diagnosis:
     """Judge a run from its logged Fisher values and critic gaps, oldest first (equal lengths, at least one)."""
-    means = [sum(fisher[max(0, i - WINDOW) : i]) / min(i, WINDOW) for i in range(1, len(fisher) + 1)]
-    gap = sum(critic_gap[-WINDOW:]) / len(critic_gap[-WINDOW:])
-    tracking = means[-1] / gap if gap > 0 else 1.0
-    settled = [value for value in means[WINDOW:] if value > 0]
-    growth = means[-1] / min(settled) if settled else 1.0
-    if len(fisher) < WINDOW:
-        return Diagnosis(tracking, growth, "too early to tell")
-    if tracking < TRACKING_FLOOR:
-        return Diagnosis(tracking, growth, "critic not tracking: raise --critic-steps or --lr-critic, or lower --lr")
-    if growth > GROWTH_CEILING:
-        return Diagnosis(tracking, growth, "student diverging: lower --lr")
-    return Diagnosis(tracking, growth, "healthy")
+    pairs = list(zip(fisher, critic_gap, strict=True))
+    mismatch = _averages([(gap + value) / 2 for value, gap in pairs])
+    error = _averages([(gap - value) / 2 for value, gap in pairs])
+    if len(pairs) < 2 * WINDOW:
+        advice = "too early to tell"
+    elif _growth(error) > GROWTH_CEILING:
+        advice = "critic not tracking: raise --critic-steps, or lower --lr"
+    elif _growth(mismatch) > GROWTH_CEILING:
+        advice = "student diverging: lower --lr"
+    else:
+        advice = "healthy"
+    return Diagnosis(mismatch[-1], error[-1], advice)
+
+
+def _averages(values: Sequence[float]) -> list[float]:
+    """Means over the last WINDOW values at every point, at least zero: they estimate averages of squares."""
+    windows = [values[max(0, i - WINDOW) : i] for i in range(1, len(values) + 1)]
+    return [max(sum(window) / len(window), 0.0) for window in windows]
+
+
+def _growth(averages: Sequence[float]) -> float:
+    """The last average against the smallest whole one."""
+    smallest = min(averages[WINDOW - 1 :])
+    return averages[-1] / smallest if smallest > 0 else 1.0

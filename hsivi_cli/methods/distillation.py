@@ -23,7 +23,7 @@ from hsivi_cli.methods.student import Student, load_student, save_student
 from hsivi_cli.targets.score_net import ScoreNet
 
 PREVIEW_IMAGES = 64
-CURVES = ("critic_loss", "fisher", "critic_gap", "tracking", "log_gamma", "student_grad_norm", "fid")
+CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_norm", "fid")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def distill(
     run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview))
     if not outputs.preview_every:
         save({})
-    plot_metrics(_with_tracking(read_metrics(work / METRICS)), CURVES, work / "curves.png")
+    plot_metrics(_diagnosed(read_metrics(work / METRICS)), CURVES, work / "curves.png")
     return load_student(target, config.device)
 
 
@@ -130,6 +130,8 @@ def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
     return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
 
 
-def _with_tracking(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _diagnosed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     fisher, gap = [r["fisher"] for r in records], [r["critic_gap"] for r in records]
-    return [r | {"tracking": diagnose(fisher[: i + 1], gap[: i + 1]).tracking} for i, r in enumerate(records)]
+    found = [diagnose(fisher[: i + 1], gap[: i + 1]) for i in range(len(records))]
+    pairs = zip(records, found, strict=True)
+    return [record | {"mismatch": d.mismatch, "critic_error": d.critic_error} for record, d in pairs]

@@ -20,11 +20,12 @@ from hsivi_cli.errors import InputError
 
 SPACINGS = ("leading", "trailing", "linspace")
 
-# The spacing with the lowest FID, from this NFE upwards ; pairs are (first NFE, spacing).
+# The spacing with the lowest FID on the shipped teacher (1,000 samples at NFE 5 and 10), from this NFE upwards; pairs
+# are (first NFE, spacing). A single step must start at the last time, which "leading" does not.
 BEST_SPACING: dict[str, tuple[tuple[int, str], ...]] = {
-    "ddim": ((1, "trailing"), (2, "leading"), (10, "trailing")),
+    "ddim": ((1, "trailing"), (2, "leading")),
     "dpm++": ((1, "leading"),),
-    "unipc": ((1, "leading"),),
+    "unipc": ((1, "leading"), (10, "linspace")),
     "deis": ((1, "leading"),),
     "ddpm": ((1, "trailing"), (2, "leading")),
 }

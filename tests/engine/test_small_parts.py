@@ -64,8 +64,26 @@ def test_clipping_bounds_the_step_and_nan_is_named():
 
 
 def test_diagnosis_tells_the_two_failures_apart():
-    good = diagnose([2.0] * 30, [2.0] * 30)
-    assert (good.tracking, good.advice) == (1.0, "healthy")
-    assert diagnose([2.0] * 5, [2.0] * 5).advice == "too early to tell"
-    assert "critic not tracking" in diagnose([-1.0] * 30, [2.0] * 30).advice
-    assert "student diverging" in diagnose([1.0] * 20 + [5.0] * 20, [1.0] * 20 + [5.0] * 20).advice
+    # claim = mismatch + error, Fisher value = mismatch - error
+    def judge(mismatch, error):
+        pairs = list(zip(mismatch, error, strict=True))
+        return diagnose([m - e for m, e in pairs], [m + e for m, e in pairs])
+
+    steady = judge([2.0] * 30, [0.5] * 30)
+    assert (steady.mismatch, steady.critic_error, steady.tracking) == pytest.approx((2.0, 0.5, 0.8))
+    assert steady.advice == "healthy"
+    assert judge([2.0] * 5, [2.0] * 5).advice == "too early to tell"
+    assert "critic not tracking" in judge([1.0] * 40, [1.0] * 20 + [5.0] * 20).advice
+    assert "student diverging" in judge([1.0] * 20 + [5.0] * 20, [1.0] * 40).advice
+    assert judge([1.0 / (i + 1) for i in range(40)], [1.0] * 40).advice == "healthy"  # noise outlasts the mismatch
+
+
+def test_diagnosis_on_a_linear_gaussian_problem():
+    # target = f* + noise; a critic with a known independent error: both averages are recovered
+    draws = torch.Generator().manual_seed(0)
+    gap, error, noise = (torch.randn(400_000, generator=draws).double() * s for s in (0.5, 0.3, 2.0))
+    claimed = gap + error
+    fisher = (2 * claimed * (gap + noise) - claimed**2).mean().item()
+    found = diagnose([fisher], [(claimed**2).mean().item()])
+    assert found.mismatch == pytest.approx(0.25, abs=0.01)
+    assert found.critic_error == pytest.approx(0.09, abs=0.01)

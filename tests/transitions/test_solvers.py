@@ -128,8 +128,9 @@ def test_default_spacings_are_usable():
         assert BEST_SPACING[solver][0][0] == 1
         for nfe in (1, 2, 3, 5, 10, 20, 50):
             assert len(solver_times(solver, nfe, best_spacing(solver, nfe), SCHEDULE)) == nfe
-    assert best_spacing("ddim", 10) == "trailing"
-    assert best_spacing("ddim", 5) == "leading"
+    assert best_spacing("ddim", 1) == "trailing"
+    assert best_spacing("ddim", 10) == "leading"
+    assert best_spacing("unipc", 10) == "linspace"
 
 
 @pytest.mark.parametrize(
