@@ -41,6 +41,8 @@ def test_arrows_point_downwards_and_nobody_below_prints(path):
     if folder != "cli":
         calls = [n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         assert not {"print", "exit", "input"} & set(calls)
+        uses = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not {"sys.exit", "sys.stdout", "sys.stderr", "os._exit", "argparse.ArgumentParser"} & uses
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 

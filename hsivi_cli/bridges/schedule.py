@@ -13,6 +13,7 @@ from torch import Tensor
 from hsivi_cli.errors import InputError
 
 MAX_COSINE_BETA = 0.999
+MAX_TIMESTEPS = 1_000_000
 # diffusers' schedulers that are defined by the betas of a variance-preserving process alone; flow matching, EDM and
 # variance-exploding ones are not, and would give wrong images without an error
 VP_SCHEDULERS = (
@@ -69,8 +70,10 @@ def schedule_from_config(config: Mapping[str, Any], where: str = "scheduler conf
         raise InputError(f"{where}: beta_start and beta_end must be numbers, not {start!r} and {end!r}")
     if config.get("rescale_betas_zero_snr", False):
         raise InputError(f"{where}: rescale_betas_zero_snr leaves no signal at the last step, which is not supported")
-    if not isinstance(steps, int) or steps < 2:
-        raise InputError(f"{where}: num_train_timesteps must be an integer above 1, not {steps!r}")
+    if not isinstance(steps, int) or not 2 <= steps <= MAX_TIMESTEPS:
+        raise InputError(f"{where}: num_train_timesteps must be an integer from 2 to {MAX_TIMESTEPS}, not {steps!r}")
+    if trained is None and kind != "squaredcos_cap_v2" and not 0 < start < 1:
+        raise InputError(f"{where}: beta_start must lie between 0 and 1, not {start!r}")
     if trained is not None:
         try:
             betas = torch.as_tensor(trained, dtype=torch.float64)
@@ -105,6 +108,8 @@ def make_grid(kind: str | Sequence[int], nfe: int, schedule: NoiseSchedule) -> t
     total = schedule.num_train_timesteps
     if nfe < 1:
         raise InputError(f"--nfe {nfe}: at least one network evaluation is needed")
+    if nfe >= total:
+        raise InputError(f"--nfe {nfe}: the schedule has {total} times only")
     if not isinstance(kind, str):
         times = [int(t) for t in kind]
         if len(times) != nfe + 1:

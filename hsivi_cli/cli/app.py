@@ -13,7 +13,6 @@ from hsivi_cli.errors import HsiviError
 app = typer.Typer(
     name="hsivi",
     help="Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,8 +40,9 @@ def options(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3 or 130; see `errors`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        code = app(args=list(sys.argv[1:] if argv is None else argv), prog_name="hsivi", standalone_mode=False)
+        code = app(args=arguments, prog_name="hsivi", standalone_mode=False)
     except HsiviError as err:
         console.error(str(err))
         return err.exit_code
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" {err.filename}" if err.filename else ""
         console.error(f"{err.strerror or err}:{where}" if where else str(err))
         return 1
-    except MemoryError:
-        console.error("out of memory: lower --batch-size")
+    except (MemoryError, RuntimeError) as err:
+        if not isinstance(err, MemoryError) and "out of memory" not in str(err) and "allocate memory" not in str(err):
+            raise
+        console.error("out of memory: lower --batch or --batch-size")
         return 1
     return code if isinstance(code, int) else 0

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.hsivi_sm import DistillConfig
     from hsivi_cli.targets.score_net import ScoreNet
 
+# the published recipe of HSIVI-SM for CIFAR-10 (arXiv 2310.17153)
+PAPER_CRITIC_STEPS, PAPER_LR, PAPER_LR_CRITIC = 20, 1.6e-5, 8e-5
+
 
 def distill(
     score_net: Annotated[
@@ -29,7 +32,7 @@ def distill(
     grid: Annotated[
         str, typer.Option("--grid", help="quad, uniform, or K+1 increasing times as 0,50,200,800.")
     ] = "quad",
-    eta: Annotated[float, typer.Option("--eta", min=0.0, max=1.0, help="Noise of a layer, as in DDIM.")] = 0.2,
+    eta: Annotated[float, typer.Option("--eta", min=0.01, max=1.0, help="Noise of a layer, as in DDIM.")] = 0.2,
     log_gamma: Annotated[str, typer.Option("--log-gamma", help="Learned noise levels: map, layer or scalar.")] = "map",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Student steps.")] = 2000,
     critic_steps: Annotated[
@@ -40,11 +43,15 @@ def distill(
     rollout_cache: Annotated[
         bool, typer.Option("--rollout-cache/--no-rollout-cache", help="Reuse a rollout for all critic steps.")
     ] = True,
-    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Student's learning rate.")] = 1e-4,
-    lr_critic: Annotated[float, typer.Option("--lr-critic", min=0.0, help="Critic's learning rate.")] = 3e-4,
+    lr: Annotated[
+        float | None, typer.Option("--lr", min=0.0, help="Student's learning rate; default 1e-4, for sm 1.6e-5.")
+    ] = None,
+    lr_critic: Annotated[
+        float | None, typer.Option("--lr-critic", min=0.0, help="Critic's learning rate; default 3e-4, for sm 8e-5.")
+    ] = None,
     lr_schedule: Annotated[str, typer.Option("--lr-schedule", help="cosine, exponential or constant.")] = "cosine",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Student steps of linear warm-up.")] = 20,
-    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Largest gradient norm.")] = 1.0,
+    clip: Annotated[float, typer.Option("--clip", min=1e-12, help="Largest gradient norm.")] = 1.0,
     ema: Annotated[float, typer.Option("--ema", min=0.0, max=0.99999, help="Decay of the averaged student.")] = 0.995,
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Start each student from the next larger NFE in the list.")
@@ -75,9 +82,9 @@ def distill(
     """
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.errors import InputError
-    from hsivi_cli.io.run_directory import open_run
+    from hsivi_cli.io.run_directory import check_run, open_run
     from hsivi_cli.methods import distillation
-    from hsivi_cli.methods.hsivi_sm import DistillConfig
+    from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
     from hsivi_cli.methods.student import load_student
     from hsivi_cli.targets.score_net import load_score_net
 
@@ -89,16 +96,17 @@ def distill(
     if out is None and not dry_run:
         raise InputError("--out is missing: name a run directory to write, or use --dry-run")
     teacher = load_score_net(score_net, device)
+    paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"
     settings: dict[str, Any] = {
         "steps": steps,
-        "objective": options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")),
+        "objective": objective,
         "eta": eta,
         "batch": batch,
         "rollout": rollout,
         "rollout_cache": rollout_cache,
-        "critic_steps": critic_steps or (20 if objective == "sm" else 5),
-        "lr_student": lr,
-        "lr_critic": lr_critic,
+        "critic_steps": critic_steps or (PAPER_CRITIC_STEPS if paper else 5),
+        "lr_student": (PAPER_LR if paper else 1e-4) if lr is None else lr,
+        "lr_critic": (PAPER_LR_CRITIC if paper else 3e-4) if lr_critic is None else lr_critic,
         "warmup": warmup,
         "lr_schedule": options.check_choice("--lr-schedule", lr_schedule, ("cosine", "exponential", "constant")),
         "clip": clip,
@@ -106,23 +114,23 @@ def distill(
         "log_gamma": options.check_choice("--log-gamma", log_gamma, ("map", "layer", "scalar")),
         "precision": options.check_precision(precision),
         "seed": seed,
-        "device": device,
     }
-    configs = {k: DistillConfig(grid=make_grid(times, k, teacher.schedule), **settings) for k in nfes}
+    grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
+    configs = {k: DistillConfig(grid=grids[k], device=device, **settings) for k in nfes}
+    donor = load_student(init_from, device) if init_from else None
+    if donor is not None:
+        check_donor(teacher, donor)
+    plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
+    plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
+    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device)
+    if out is not None:
+        check_run(out, plan, resume)
     if dry_run:
         _report_cost(teacher, configs, as_json)
         return
     assert out is not None
-    plan = {
-        "teacher_sha256": teacher.sha256,
-        "students": {str(k): distillation.resolved(config) for k, config in configs.items()},
-        "warm_start": warm_start,
-        "init_from": str(init_from) if init_from else None,
-    }
-    if init_from is not None and load_student(init_from).shape != teacher.shape:
-        raise InputError(f"--init-from {init_from} draws images of another size than the teacher")
-    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device)
-    open_run(out, plan, resume)
+    if not open_run(out, plan, resume) and resume:
+        console.story(f"{out} holds no run yet: starting one")
     start = init_from
     for k, config in configs.items():
         console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
@@ -141,22 +149,24 @@ def _outputs(
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods.distillation import Outputs
 
-    fid = None
+    fid, protocol = None, {}
     if reference is not None:
         from hsivi_cli.evaluation.reference import fid_against
 
         channels, height, width = teacher.shape
         fid = fid_against(reference, (height, width, channels), device)
+        protocol = {"reference_sha256": fid.reference_sha256, "extractor_sha256": fid.extractor_sha256}
 
     def on_log(record: dict[str, Any], diagnosis: Any) -> None:
         line = f"step {record['step']:>6}/{steps}  mismatch {diagnosis.mismatch:8.4f}"
         line += f"  critic error {diagnosis.critic_error:8.4f}  {record['seconds_per_step']:.2f} s/step"
         line += f"  {diagnosis.advice}"
-        if "fid" in record:
-            line += f"  fid@{fid_images} {record['fid']:.4f}"
+        measured = f"fid@{fid_images}"
+        if measured in record:
+            line += f"  {measured} {record[measured]:.4f}"
         console.story(line)
 
-    return Outputs(on_log, write_grid, preview_every, fid, fid_images)
+    return Outputs(on_log, write_grid, preview_every, fid, fid_images if fid else 0, protocol)
 
 
 def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_json: bool) -> None:

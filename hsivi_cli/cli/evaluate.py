@@ -1,11 +1,13 @@
 """`hsivi evaluate`: FID, KID, inception score, precision and recall of images, or of what a model draws."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsivi_cli.cli import console, options
+from hsivi_cli.cli.sample import Clip, Order, Spacing
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -48,14 +50,16 @@ def evaluate(
     num_samples: Annotated[
         int | None,
         typer.Option(
-            "--num-samples", "-n", min=2, help="Images to draw from a model (5000), or to take of a set (all)."
+            "--num-samples", "-n", min=2, help="Images to draw from a model (5000), or from a set, at random (all)."
         ),
     ] = None,
     nfe: Annotated[
         int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
     ] = None,
     solver: options.Solver = None,
-    spacing: Annotated[str | None, typer.Option("--spacing", help="The solver's time steps; default its best.")] = None,
+    spacing: Spacing = None,
+    order: Order = None,
+    clip: Clip = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
     device: options.Device = "auto",
@@ -71,8 +75,11 @@ def evaluate(
     from hsivi_cli.evaluation.report import evaluation_report
     from hsivi_cli.io.images import ImageSet
 
+    if max_fid is not None and math.isnan(max_fid):
+        raise InputError("--max-fid nan would let everything pass: name a number")
     device = options.resolve_device(device, threads)
-    source, drawn = _open_samples(samples, nfe, solver, spacing, device, num_samples)
+    solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
+    source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
     choice = features or default_features((height, width, channels))
     # extractor and reference come first: what is wrong with them is known before minutes of drawing
@@ -89,7 +96,8 @@ def evaluate(
             target: Features | Statistics = extract_features(known, extractor, batch_size, device, advance)
     else:
         target = known
-    report = evaluation_report(found, target, extractor, drawn)
+    drawn["teacher_fid"] = _comparable(drawn.pop("teacher_fid", None), found.n, target, extractor)
+    report = evaluation_report(found, target, extractor, {k: v for k, v in drawn.items() if v is not None})
     for warning in report.warnings:
         console.warn(warning)
     _print(report, as_json)
@@ -97,34 +105,43 @@ def evaluate(
 
 
 def _open_samples(
-    samples: str, nfe: int | None, solver: str | None, spacing: str | None, device: str, limit: int | None
+    samples: str, nfe: int | None, solving: dict[str, Any], device: str, limit: int | None
 ) -> tuple["ImageSet | Sampler", dict[str, Any]]:
     """Images, or a sampler with what the protocol says about it."""
     import sys
 
     from hsivi_cli.io.files import read_json
-    from hsivi_cli.io.images import read_image_stream, read_images
+    from hsivi_cli.io.images import SUBSET_SEED, read_image_stream, read_images
     from hsivi_cli.methods.sampling import open_sampler
     from hsivi_cli.methods.student import DESCRIPTION, find_students, select_student
 
+    solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
     if path is None or (path.is_dir() and (solver or (path / "unet").is_dir() or find_students(path))):
-        sampler = open_sampler(path, nfe, solver, spacing, device)
+        sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
         drawn["quantisation"] = sampler.description["quantisation"]
         if solver is None:
             drawn["teacher_fid"] = read_json(select_student(path, sampler.nfe) / DESCRIPTION).get("teacher_fid")
         return sampler, drawn
-    given = [
-        name for name, value in (("--solver", solver), ("--nfe", nfe), ("--spacing", spacing)) if value is not None
-    ]
-    if given:
-        raise InputError(
-            f"{given[0]} is for models, and {samples} is not a model's directory: leave it out, or name one"
-        )
-    if samples == "-":
-        return read_image_stream(sys.stdin.buffer, limit), {}
-    return read_images(samples, limit), {}
+    for name, value in {"solver": solver, "nfe": nfe, **solving}.items():
+        if value is not None and value is not False:
+            raise InputError(
+                f"--{name} is for models, and {samples} is no model's directory: leave it out, or name one"
+            )
+    images = read_image_stream(sys.stdin.buffer, limit) if samples == "-" else read_images(samples, limit)
+    if images.subset_of is None:
+        return images, {}
+    return images, {"subset": f"{len(images)} of {images.subset_of}, at random, seed {SUBSET_SEED}"}
+
+
+def _comparable(
+    fields: Any, n: int, reference: "Features | Statistics", extractor: "Extractor"
+) -> dict[str, Any] | None:
+    """The teacher's own FID from a student's description, where it was measured as this evaluation measures."""
+    here = {"n": n, "reference_sha256": reference.sha256, "extractor_sha256": extractor.sha256}
+    same = isinstance(fields, dict) and all(fields.get(name) == value for name, value in here.items())
+    return fields if same else None
 
 
 def _load_extractor(choice: str, weights: Path | None, device: str, defaulted: bool) -> "Extractor":
@@ -177,5 +194,5 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> list[tuple[str, ...]]:
 
 def _gate(report: "EvaluationReport", max_fid: float | None) -> None:
     fid = report.fid
-    if max_fid is not None and (fid.value is None or fid.value > max_fid):
-        raise GateError(f"{fid.key} = {fid.value:.5g} is above --max-fid {max_fid:g}")
+    if max_fid is not None and (fid.value is None or not fid.value <= max_fid):
+        raise GateError(f"{fid.key} = {fid.value} is above --max-fid {max_fid:g}")

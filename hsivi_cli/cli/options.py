@@ -7,7 +7,7 @@ import typer
 
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; one independent stream a sample.")]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Samples a network call; never changes the images.")
+    int, typer.Option("--batch-size", min=1, help="Samples a network call; the noise does not depend on it.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]

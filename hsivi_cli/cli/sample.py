@@ -9,6 +9,26 @@ import typer
 from hsivi_cli.cli import console, options
 from hsivi_cli.errors import InputError
 
+# how a solver runs; evaluate has the same options
+Spacing = Annotated[
+    str | None,
+    typer.Option(
+        "--spacing",
+        help="Solver's times: leading, trailing, linspace or quad (the students' grid; ddim, ddpm and dpm++ only). "
+        "Default: best on the shipped teacher at NFE 5 and 10.",
+    ),
+]
+Order = Annotated[
+    int | None,
+    typer.Option(
+        "--order",
+        help="Order of dpm++, unipc or deis: 1, 2 or 3. Default: best on the shipped teacher at NFE 5 and 10.",
+    ),
+]
+Clip = Annotated[
+    bool, typer.Option("--clip/--no-clip", help="Solver: clamp the predicted image to [-1, 1] in every step.")
+]
+
 
 def sample(
     student: Annotated[
@@ -22,10 +42,9 @@ def sample(
         str, typer.Option("--out", help="grid.png, samples.npy, samples.npz, a folder of PNGs, or - for stdout (.npy).")
     ] = "grid.png",
     solver: options.Solver = None,
-    spacing: Annotated[
-        str | None,
-        typer.Option("--spacing", help="Solver's time steps: leading, trailing or linspace; default: its best."),
-    ] = None,
+    spacing: Spacing = None,
+    order: Order = None,
+    clip: Clip = False,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     threads: options.Threads = 0,
@@ -43,7 +62,7 @@ def sample(
     from hsivi_cli.methods.sampling import draw_images, open_sampler
 
     device = options.resolve_device(device, threads)
-    sampler = open_sampler(student, nfe, solver, spacing, device)
+    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip)
     destination = open_destination(out, sampler.shape[0], force)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
     start = time.perf_counter()

@@ -74,6 +74,8 @@ def train(
     )
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
     had_run = open_run(out, training.resolved(config, source), resume)
+    if resume and not had_run:
+        console.story(f"{out} holds no run yet: starting one")
     console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
     with console.progress("training", steps) as advance:
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.engine.contract import Method
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InterruptError, RunError
 from hsivi_cli.io.metrics_log import append_metrics, rewind_metrics
@@ -47,11 +48,12 @@ class Hooks:
     batch: Callable[[torch.Generator], Tensor | None] = lambda generator: None
 
 
-def run_loop(method: Any, state: Any, config: LoopConfig, directory: Path, hooks: Hooks) -> None:
+def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, hooks: Hooks) -> bool:
     """Advance `state` to `config.steps`, writing `metrics.jsonl` and `checkpoint.safetensors` into `directory`.
 
-    Metrics are averaged over the steps since the last log line. Raises InterruptError after a signal, RunError when a
-    metric is not finite (the last checkpoint is then the last good one).
+    Metrics are averaged over the steps since the last log line. Returns whether a signal came during the last step; a
+    caller with more to do should stop then. Raises InterruptError after an earlier signal, RunError when a metric is
+    not finite (the last checkpoint is then the last good one).
     """
     started, saved, sums, count = time.monotonic(), time.monotonic(), {}, 0  # type: ignore[var-annotated]
     first = state.step
@@ -61,7 +63,7 @@ def run_loop(method: Any, state: Any, config: LoopConfig, directory: Path, hooks
             metrics = method.step(state, hooks.batch(generator_now), generator_now)
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise RunError(f"diverged: {name} is {value} at step {state.step}; lower the learning rate")
+                    raise RunError(f"diverged: {name} is {value} at step {state.step}; start again with a lower rate")
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
             at_end = state.step == config.steps
@@ -75,14 +77,16 @@ def run_loop(method: Any, state: Any, config: LoopConfig, directory: Path, hooks
                 hooks.on_log(record)
                 sums, count = {}, 0
             overdue = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-            if at_end or overdue or state.step % config.checkpoint_every == 0 or stop_requested():
+            stopping = stop_requested()
+            if at_end or overdue or state.step % config.checkpoint_every == 0 or stopping:
                 save_checkpoint(directory / CHECKPOINT, method.state_dict(state))
                 saved = time.monotonic()
-            if stop_requested() and not at_end:
+            if stopping and not at_end:
                 raise InterruptError(f"interrupted at step {state.step}; checkpoint written, go on with --resume")
+        return stop_requested()
 
 
-def resume(method: Any, state: Any, directory: Path) -> None:
+def resume(method: Method, state: Any, directory: Path) -> None:
     """Restore the last checkpoint into `state` and drop the log lines after it; raises InputError if there is none."""
     method.load_state_dict(state, load_checkpoint(directory / CHECKPOINT))
     rewind_metrics(directory / METRICS, state.step)

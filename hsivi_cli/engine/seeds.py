@@ -15,15 +15,14 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a generator is for; streams with different names never share numbers."""
+    """What a generator is for."""
 
     INIT = 0
     TRAIN = 1
-    PREVIEW = 2
 
 
 def generator(seed: int, stream: Stream, *key: int, device: str = "cpu") -> torch.Generator:
-    """A generator for `(seed, stream, *key)`."""
+    """A generator for `(seed, stream, *key)`; 32 bits of state, so that two of very many steps may share one."""
     state = np.random.SeedSequence((seed, int(stream), *key)).generate_state(1, np.uint32)[0]
     return torch.Generator(device).manual_seed(int(state))
 

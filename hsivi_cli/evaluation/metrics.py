@@ -14,13 +14,13 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_featuresdict_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_featuresdict_to_metric
 
-from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.extractors import Extractor
 from hsivi_cli.evaluation.frechet import Moments, frechet_distance, moments
 from hsivi_cli.io.files import sha256
-from hsivi_cli.io.images import ImageSet
+from hsivi_cli.io.images import SUBSET_SEED, ImageSet, subset
 
-METRIC_SEED = 2020  # torch-fidelity's own default
+METRIC_SEED = SUBSET_SEED
 KID_LIMIT = 10_000
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
@@ -220,10 +220,8 @@ def precision_recall(
 
 def subsample(rows: Float[Tensor, "n d"], limit: int) -> Float[Tensor, "m d"]:
     """At most `limit` rows, drawn with METRIC_SEED and kept in order: folders are often sorted by class."""
-    if len(rows) <= limit:
-        return rows
-    chosen = np.random.default_rng(METRIC_SEED).choice(len(rows), limit, replace=False)
-    return rows[torch.from_numpy(np.sort(chosen))]
+    chosen = subset(len(rows), limit)
+    return rows if chosen is None else rows[torch.from_numpy(chosen)]
 
 
 _STATISTICS_KEYS = ("mu", "sigma", "features", "n", "image_shape", "extractor_sha256")
@@ -235,9 +233,9 @@ def _run(extractor: Extractor, batch: UInt8[Tensor, "n c h w"], source: str) -> 
         batch = batch.expand(-1, 3, -1, -1)
     try:
         layers = tuple(layer.detach().float().cpu() for layer in extractor.module(batch))
-    except torch.OutOfMemoryError as err:
-        raise RunError("the device ran out of memory: lower --batch-size") from err
     except (RuntimeError, torch.jit.Error, AttributeError, TypeError) as err:
+        if "out of memory" in str(err) or "allocate memory" in str(err):
+            raise  # not the images' fault, and cli.app has the words for it
         last = str(err).strip().splitlines()[-1] if str(err).strip() else type(err).__name__
         raise InputError(f"{extractor.name} cannot take images of shape {tuple(batch.shape[1:])} ({last})") from err
     if not layers or any(layer.ndim != 2 or len(layer) != len(batch) for layer in layers):

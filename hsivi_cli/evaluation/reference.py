@@ -1,6 +1,6 @@
 """What samples are compared with: images or statistics, checked to fit; and an FID ready to be measured again."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,10 @@ from jaxtyping import UInt8
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.extractors import Extractor, load_extractor
+from hsivi_cli.evaluation.frechet import Moments
 from hsivi_cli.evaluation.metrics import Statistics, extract_features, fid, has_statistics, read_statistics
 from hsivi_cli.io.files import asset
-from hsivi_cli.io.images import ImageSet, image_set, read_images
+from hsivi_cli.io.images import ImageSet, describe_size, image_set, read_images
 
 SHIPPED_REFERENCE = "digit_features/reference_28x28.npz"
 
@@ -42,32 +43,42 @@ def open_reference(reference: str, extractor: Extractor, shape: tuple[int, int, 
     return statistics
 
 
-def fid_against(
-    reference: str, shape: tuple[int, int, int], device: str = "cpu"
-) -> Callable[[UInt8[np.ndarray, "n h w c"]], float]:
-    """A function that measures the FID of images of shape (H, W, C) against `reference`, with the default features.
+@dataclass(frozen=True)
+class FidMeter:
+    """An FID ready to be measured again: call it with uint8 images `(n, h, w, c)`.
+
+    The hashes say what it compares with what, as in an evaluation's protocol: figures belong together only where both
+    agree.
+    """
+
+    extractor: Extractor
+    target: Moments
+    reference_sha256: str
+    device: str
+
+    @property
+    def extractor_sha256(self) -> str:
+        """Hash of the extractor's weights."""
+        return self.extractor.sha256
+
+    def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> float:
+        """The FID of the images; raises InputError if the extractor refuses them or there are fewer than two."""
+        found = fid(extract_features(image_set(images, "preview"), self.extractor, device=self.device), self.target)
+        assert found.value is not None
+        return found.value
+
+
+def fid_against(reference: str, shape: tuple[int, int, int], device: str = "cpu") -> FidMeter:
+    """The FID of images of shape (H, W, C) against `reference`, with the default features.
 
     The reference is read and its features are computed once. Raises InputError as `open_reference` does.
     """
     extractor = load_extractor(default_features(shape), None, device)
     known = open_reference(reference, extractor, shape)
-    if isinstance(known, Statistics):
-        target = known.moments
-    else:
-        target = extract_features(known, extractor, device=device).moments
-
-    def measure(images: UInt8[np.ndarray, "n h w c"]) -> float:
-        found = fid(extract_features(image_set(images, "preview"), extractor, device=device), target)
-        assert found.value is not None
-        return found.value
-
-    return measure
+    target = known if isinstance(known, Statistics) else extract_features(known, extractor, device=device)
+    return FidMeter(extractor, target.moments, target.sha256, device)
 
 
 def _check_shape(theirs: tuple[int, ...] | None, reference: str, shape: tuple[int, int, int]) -> None:
     if theirs is not None and theirs != shape:
-        raise InputError(f"the reference {reference} has images of {_size(theirs)}, the samples of {_size(shape)}")
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]} {'grey' if shape[-1] == 1 else 'RGB'}"
+        raise InputError(f"the reference {reference} has images of {describe_size(theirs)}, not {describe_size(shape)}")

@@ -79,4 +79,6 @@ def _warnings(samples: Features, reference: Features | Statistics) -> tuple[str,
         found.append(f"N = {samples.n} is no more than the {dimensions} features: the covariance is rank-deficient")
     if reference.sha256 == samples.sha256:
         found.append("samples and reference are the same images")
+    if isinstance(reference, Statistics) and reference.extractor_sha256 is None:
+        found.append(f"{reference.source} does not say which extractor made it: if another one did, no figure holds")
     return tuple(found)

@@ -1,12 +1,10 @@
-"""Train the shipped digit feature extractor and write the reference statistics of the MNIST training images.
+"""How the shipped digit feature extractor and the reference statistics of the MNIST training images were made.
 
-python -m hsivi_cli.evaluation.train_digit_features --mnist DIR --out assets/digit_features
+`train_and_write` does all of it; assets/digit_features/README.md shows the call.
 """
 
-import argparse
 import hashlib
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from hsivi_cli.engine.seeds import Stream, generator
-from hsivi_cli.errors import HsiviError
 from hsivi_cli.evaluation.frechet import moments
 from hsivi_cli.io.files import atomic_file, sha256
 from hsivi_cli.io.images import read_idx
@@ -128,21 +125,19 @@ def write_reference(model: DigitClassifier, data: Digits, source: Path, weights:
         np.savez_compressed(file, **fields)
 
 
-def main(argv: list[str]) -> int:
-    """Train, report the test accuracy in the log, and write both files."""
-    parser = argparse.ArgumentParser(description="train the digit feature extractor and its reference statistics")
-    parser.add_argument("--mnist", type=Path, required=True, help="folder with the four idx .gz files")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--epochs", type=int, default=Recipe.epochs)
-    options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    train = load_mnist(options.mnist, "train")
-    model = train_classifier(train, Recipe(epochs=options.epochs))
-    log.info("test accuracy %.4f", accuracy(model, load_mnist(options.mnist, "t10k")))
-    write_weights(model, options.out / WEIGHTS)
-    images = options.mnist / "train-images-idx3-ubyte.gz"
-    write_reference(model, train, images, options.out / WEIGHTS, options.out / REFERENCE)
-    return 0
+def train_and_write(mnist: Path, out: Path, recipe: Recipe | None = None) -> float:
+    """Train on the idx files in `mnist`, write weights and reference statistics to `out`; returns the test accuracy.
+
+    `out` is made if it does not exist. Raises InputError for files that are missing, damaged or cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    train = load_mnist(mnist, "train")
+    model = train_classifier(train, recipe or Recipe())
+    found = accuracy(model, load_mnist(mnist, "t10k"))
+    log.info("test accuracy %.4f", found)
+    write_weights(model, out / WEIGHTS)
+    write_reference(model, train, mnist / "train-images-idx3-ubyte.gz", out / WEIGHTS, out / REFERENCE)
+    return found
 
 
 def _batches(count: int, recipe: Recipe, random: torch.Generator) -> Iterator[Int[Tensor, " b"]]:
@@ -162,12 +157,3 @@ def _augment(pixels: Float[Tensor, "n 1 28 28"], recipe: Recipe, random: torch.G
     grid = nn.functional.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     # shifted by one so that what comes in from outside the picture is black (-1), not grey
     return nn.functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except HsiviError as err:
-        log.error("error: %s", err)
-        sys.exit(err.exit_code)

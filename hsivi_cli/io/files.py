@@ -1,4 +1,5 @@
-"""Atomic writes, hashes and JSON: a reader sees the old file or the new one, never half of one."""
+"""Atomic writes, hashes and JSON: a file is the old one or the new one, never half of one; so is a directory, but for
+the moment between two renames in which it has no name."""
 
 import hashlib
 import json
@@ -75,6 +76,16 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def sweep_temporaries(root: Path) -> None:
+    """Remove what interrupted writes left under `root`; a directory caught between two names gets its own back."""
+    for retired in root.rglob(".*.tmp.old"):
+        name = retired.name[1:].rsplit(".", 3)[0]
+        if not (retired.parent / name).exists():
+            os.replace(retired, retired.parent / name)
+    for left in [*root.rglob(".*.tmp"), *root.rglob(".*.tmp.old")]:
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def write_json(path: Path, payload: dict[str, Any]) -> None:
     """Write a JSON object atomically."""
     with atomic_file(path) as temporary:
@@ -103,9 +114,10 @@ def sha256(path: Path) -> str:
 def asset(name: str) -> Path:
     """Path of a shipped asset, in an installed wheel or in a checkout; raises InputError if it is not there."""
     package = Path(__file__).resolve().parent.parent
-    for root in (package / "assets", package.parent / "assets"):
-        if (root / name).exists():
-            return root / name
+    checkout = package.parent
+    root = checkout / "assets" if (checkout / "pyproject.toml").is_file() else package / "assets"
+    if (root / name).exists():
+        return root / name
     raise InputError(f"the shipped asset {name} is missing from this installation: reinstall hsivi")
 
 

@@ -11,17 +11,18 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from hsivi_cli.errors import InputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 NAMED_SETS = ("digits",)
+SUBSET_SEED = 2020  # torch-fidelity's default for whatever a metric draws
 _NPY_MAGIC = b"\x93NUMPY"
 _IDX_UINT8 = b"\x00\x00\x08"
 _CHUNK = 1 << 24
@@ -29,11 +30,15 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images `(N, H, W, C)`, uint8 in 0..255, C in {1, 3}; `sha256` hashes the shape and the bytes."""
+    """Images `(N, H, W, C)`, uint8 in 0..255, C in {1, 3}; `sha256` hashes the shape and the bytes.
+
+    `subset_of` is how many images the source holds, where only some of them were drawn.
+    """
 
     images: UInt8[np.ndarray, "n h w c"]
     source: str
     sha256: str
+    subset_of: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,7 +51,7 @@ class ImageSet:
 
 
 def image_set(array: Shaped[np.ndarray, "..."], source: str, limit: int | None = None) -> ImageSet:
-    """Check an array and make it an ImageSet, keeping the first `limit` images.
+    """Check an array and make it an ImageSet, of at most `limit` images as `subset` draws them.
 
     Accepts uint8 NHW, NHWC and NCHW; where both channel axes fit, NHWC wins (the ADM convention).
     Raises InputError for any other dtype or shape, and for an empty array.
@@ -63,14 +68,30 @@ def image_set(array: Shaped[np.ndarray, "..."], source: str, limit: int | None =
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
         raise InputError(f"{source}: shape {array.shape} is not (N, H, W), (N, H, W, C) or (N, C, H, W) with C in 1, 3")
-    images = np.ascontiguousarray(array[:limit])
+    chosen = subset(len(array), limit)
+    images = np.ascontiguousarray(array if chosen is None else array[chosen])
     digest = hashlib.sha256(json.dumps(images.shape).encode())
     digest.update(images.data)
-    return ImageSet(images, source, digest.hexdigest())
+    return ImageSet(images, source, digest.hexdigest(), None if chosen is None else len(array))
+
+
+def subset(count: int, limit: int | None) -> Int[np.ndarray, " limit"] | None:
+    """Which `limit` of `count` to take: at random with SUBSET_SEED, in order; None for all, where `limit` allows it.
+
+    The first ones would not do: folders and arrays are often sorted by class.
+    """
+    if limit is None or count <= limit:
+        return None
+    return np.sort(np.random.default_rng(SUBSET_SEED).choice(count, limit, replace=False))
+
+
+def describe_size(shape: tuple[int, ...]) -> str:
+    """An image's shape (H, W, C) in words, as `28x28 grey`."""
+    return f"{shape[0]}x{shape[1]} {'grey' if shape[-1] == 1 else 'RGB'}"
 
 
 def read_images(source: str, limit: int | None = None) -> ImageSet:
-    """Read the first `limit` images of a named set (`digits`), an image folder, `.npy`, `.npz` or idx file (or `.gz`).
+    """Read a named set (`digits`), an image folder, `.npy`, `.npz` or idx file (or `.gz`); `limit` as in `subset`.
 
     Raises InputError naming the file at fault.
     """
@@ -102,10 +123,10 @@ def read_images(source: str, limit: int | None = None) -> ImageSet:
 def read_image_stream(file: BinaryIO, limit: int | None = None, source: str = "stdin") -> ImageSet:
     """Read one or more concatenated `.npy` payloads of uint8 images, as `hsivi sample --out -` writes them.
 
-    Raises InputError if the stream is empty, is cut off, is anything but `.npy`, or mixes image shapes.
+    `limit` as in `subset`, once all are read. Raises InputError if the stream is empty, is cut off, is anything but `.npy`, or mixes image shapes.
     """
     sets: list[ImageSet] = []
-    while (head := _read_up_to(file, 8)) and (limit is None or sum(map(len, sets)) < limit):
+    while head := _read_up_to(file, 8):
         sets.append(image_set(_npy_payload(file, head, source), source))
         if sets[-1].shape != sets[0].shape:
             raise InputError(
@@ -167,22 +188,20 @@ def _read_folder(path: Path, limit: int | None) -> ImageSet:
         idx = sorted(file.name for file in path.glob("*-images-idx3-ubyte*"))
         hint = f"name the file {path / idx[-1]}" if idx else "name a folder of png, jpg, bmp or webp files"
         raise InputError(f"{path} holds no images: {hint}")
-    files = files[:limit]
+    count, chosen = len(files), subset(len(files), limit)
+    if chosen is not None:
+        files = [files[i] for i in chosen]
     first = read_pixels(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
     for row, file in zip(images, files, strict=True):
         pixels = read_pixels(file)
         if pixels.shape != first.shape:
             raise InputError(
-                f"{file} is {_describe(pixels.shape)}, but {files[0].name} is {_describe(first.shape)}: "
+                f"{file} is {describe_size(pixels.shape)}, but {files[0].name} is {describe_size(first.shape)}: "
                 "resize or convert them to one size and mode"
             )
         row[:] = pixels
-    return image_set(images, str(path))
-
-
-def _describe(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]} {'grey' if shape[2] == 1 else 'RGB'}"
+    return replace(image_set(images, str(path)), subset_of=None if chosen is None else count)
 
 
 def _read_npz(path: Path) -> UInt8[np.ndarray, "..."]:

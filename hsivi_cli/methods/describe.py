@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 
+from hsivi_cli.engine.loop import CHECKPOINT, METRICS
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
+from hsivi_cli.io.run_directory import CONFIG
 from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
 from hsivi_cli.targets.score_net import load_score_net
 
 KINDS = "a score network, a student, a run, a .safetensors file or an .npz of statistics"
+METADATA = 400  # characters of a metadata field that are still worth showing
 _ARCHITECTURE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
 
 
@@ -27,10 +30,12 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / DESCRIPTION).is_file():
         return describe_student(path)
     if (path / "scheduler" / "scheduler_config.json").is_file():
-        return {"kind": "teacher", "path": str(path)} | _teacher(path)
-    if path.is_dir() and (
-        find_students(path) or (path / "metrics.jsonl").is_file() or (path / "config.json").is_file()
-    ):
+        facts = {"kind": "teacher", "path": str(path)} | _teacher(path)
+        # trained by hsivi, it lies in its own run directory
+        return facts | (_training(path) if _is_run(path) else {})
+    if (path / CONFIG).is_file() and not _is_run(path):
+        raise InputError(f"{path} is a network without its noise schedule: name the directory that holds it")
+    if path.is_dir() and (_is_run(path) or find_students(path)):
         return describe_run(path)
     raise InputError(f"{path} is not known: name {KINDS}")
 
@@ -51,19 +56,10 @@ def describe_student(path: Path) -> dict[str, Any]:
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Facts about a run directory: configuration, students, last metrics and checkpoints, as far as they exist."""
-    metrics = [record for record in read_metrics(path / "metrics.jsonl") if isinstance(record, dict)]
+    """Facts about a run directory: its students, and configuration, last metrics and checkpoint of each training."""
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     facts["students"] = {str(nfe): str(where) for nfe, where in find_students(path).items()}
-    facts["latest_metrics"] = metrics[-1] if metrics else None
-    facts["steps"] = metrics[-1].get("step") if metrics else None
-    facts["checkpoints"] = sorted(
-        str(file.relative_to(path)) for file in path.glob("**/*checkpoint*") if file.is_file()
-    )
-    for name in ("config.json", "checkpoint.json"):
-        if (path / name).is_file():
-            facts[name.removesuffix(".json")] = read_json(path / name)
-    return facts
+    return facts | _training(path)
 
 
 def describe_safetensors(path: Path) -> dict[str, Any]:
@@ -79,6 +75,8 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged or no safetensors file ({err})") from err
     facts = {"kind": "safetensors", "path": str(path), "sha256": sha256(path), "bytes": path.stat().st_size}
     elements = sum(int(np.prod(tensor["shape"])) for tensor in tensors.values())
+    # a checkpoint's metadata is the tree of all that is in it: only its size is of interest here
+    metadata = {key: text if len(text) <= METADATA else f"{len(text)} characters" for key, text in metadata.items()}
     return facts | {"parameters": elements, "metadata": metadata, "tensors": tensors}
 
 
@@ -97,6 +95,31 @@ def describe_arrays(path: Path) -> dict[str, Any]:
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as err:
         raise InputError(f"{path} is damaged or no .npz file ({err})") from err
     return {"kind": "arrays", "path": str(path), "sha256": sha256(path), "arrays": arrays}
+
+
+def _is_run(path: Path) -> bool:
+    """Whether hsivi trained here; a diffusers `unet/` has a config.json too, which names its class."""
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {"_class_name": None}
+    return "_class_name" not in config or (path / METRICS).is_file() or (path / "training").is_dir()
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """The configuration and progress of a run: of the only training in `path`, or of each in `path/training`."""
+    own = _progress(path)
+    folders = sorted(path.glob("training/*"), key=lambda folder: (len(folder.name), folder.name))
+    # a dot begins the temporaries that a killed process leaves behind
+    each = {folder.name: _progress(folder) for folder in folders if folder.is_dir() and folder.name[0] != "."}
+    facts: dict[str, Any] = {"training": each or own}
+    return facts | ({"config": read_json(path / CONFIG)} if (path / CONFIG).is_file() else {})
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """How far one training got: the step and the line it logged last, and its checkpoint's size in bytes."""
+    metrics = [record for record in read_metrics(folder / METRICS) if isinstance(record, dict)]
+    latest = metrics[-1] if metrics else None
+    checkpoint = folder / CHECKPOINT
+    size = checkpoint.stat().st_size if checkpoint.is_file() else None
+    return {"step": latest and latest.get("step"), "latest_metrics": latest, "checkpoint_bytes": size}
 
 
 def _teacher(path: Path) -> dict[str, Any]:

@@ -6,31 +6,32 @@ A run holds `nfeK/` (the student, see methods.student) and `training/nfeK/` (che
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from hsivi_cli.engine.diagnosis import Diagnosis, diagnose
+from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
-from hsivi_cli.io.metrics_log import plot_metrics, read_metrics
+from hsivi_cli.errors import InterruptError
+from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.sampling import to_uint8
 from hsivi_cli.methods.student import Student, load_student, save_student
 from hsivi_cli.targets.score_net import ScoreNet
 
 PREVIEW_IMAGES = 64
-CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_norm", "fid")
+CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_norm")
 
 
 @dataclass(frozen=True)
 class Outputs:
     """What a caller wants to see: log records, preview grids, and optionally an FID of preview images.
 
-    `fid(uint8 NHWC) -> float` is measured on `fid_images` images at every preview.
+    `fid(uint8 NHWC) -> float` is measured on `fid_images` images at every preview; `fid_protocol` says against what.
     """
 
     on_log: Callable[[dict[str, Any], Diagnosis], None]
@@ -38,11 +39,12 @@ class Outputs:
     preview_every: int
     fid: Callable[[np.ndarray], float] | None = None
     fid_images: int = 0
+    fid_protocol: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Measured cost of one step: `memory_bytes` is the process's peak, `total_seconds` the expected run."""
+    """Measured cost of one step: `memory_bytes` is the peak so far, `total_seconds` the run without previews."""
 
     seconds_per_step: float
     memory_bytes: int
@@ -67,6 +69,8 @@ def distill(
     state = hsivi_sm.init(teacher, config, load_student(start, config.device) if start else None)
     if (work / CHECKPOINT).is_file():
         resume(hsivi_sm, state, work)
+    else:
+        rewind_metrics(work / METRICS, 0)
     description = {
         "teacher": str(teacher.path),
         "teacher_sha256": teacher.sha256,
@@ -83,25 +87,32 @@ def distill(
         return student
 
     def preview(step: int) -> dict[str, float]:
-        n = max(PREVIEW_IMAGES, outputs.fid_images if outputs.fid else 0)
+        n = max(PREVIEW_IMAGES, outputs.fid_images)
         batches = [range(i, min(i + PREVIEW_IMAGES, n)) for i in range(0, n, PREVIEW_IMAGES)]
         images = np.concatenate([to_uint8(hsivi_sm.sample(state, NoiseStreams(config.seed, b))) for b in batches])
         outputs.write_grid(images[:PREVIEW_IMAGES], work / f"samples-{step:06d}.png")
-        metrics = {"fid": outputs.fid(images)} if outputs.fid else {}
-        save(metrics)
-        return metrics
+        if outputs.fid is None:
+            save({})
+            return {}
+        value = outputs.fid(images[: outputs.fid_images])
+        save({"preview_fid": {"value": value, "n": outputs.fid_images} | outputs.fid_protocol})
+        return {f"fid@{outputs.fid_images}": value}
 
     def on_log(record: dict[str, Any]) -> None:
         history.append(record)
-        outputs.on_log(record, diagnose([r["fisher"] for r in history], [r["critic_gap"] for r in history]))
+        recent = history[-HISTORY:]
+        outputs.on_log(record, diagnose([r["fisher"] for r in recent], [r["critic_gap"] for r in recent]))
 
     loop = LoopConfig(
         config.steps, config.seed, log_every=10, checkpoint_every=200, preview_every=outputs.preview_every
     )
-    run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview))
-    if not outputs.preview_every:
+    stopped = run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview))
+    if not outputs.preview_every or not target.is_dir():
         save({})
-    plot_metrics(_diagnosed(read_metrics(work / METRICS)), CURVES, work / "curves.png")
+    if stopped:
+        raise InterruptError(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
+    curves = (*CURVES, f"fid@{outputs.fid_images}")
+    plot_metrics(_diagnosed(read_metrics(work / METRICS)), curves, work / "curves.png")
     return load_student(target, config.device)
 
 
@@ -109,6 +120,8 @@ def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
     """One warm-up step and one timed step (each a rollout, the critic updates and a student update); writes nothing."""
     import resource
 
+    if config.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(config.device)
     state = hsivi_sm.init(teacher, config)
     seconds = 0.0
     for step in (1, 2):
@@ -131,7 +144,6 @@ def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
 
 
 def _diagnosed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    fisher, gap = [r["fisher"] for r in records], [r["critic_gap"] for r in records]
-    found = [diagnose(fisher[: i + 1], gap[: i + 1]) for i in range(len(records))]
-    pairs = zip(records, found, strict=True)
-    return [record | {"mismatch": d.mismatch, "critic_error": d.critic_error} for record, d in pairs]
+    mismatch, error = averages([r["fisher"] for r in records], [r["critic_gap"] for r in records])
+    rows = zip(records, mismatch, error, strict=True)
+    return [record | {"mismatch": m, "critic_error": e} for record, m, e in rows]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
 from hsivi_cli.methods.student import Student, chain_states, sample_student
 from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
 from hsivi_cli.targets.score_net import ScoreNet
@@ -102,6 +103,19 @@ class Rollout:
     k: Int[Tensor, " m"]
 
 
+def check_donor(teacher: ScoreNet, donor: Student) -> None:
+    """Raise InputError unless a student can start from `donor`: the teacher's architecture and schedule."""
+    ours, theirs = teacher.unet.state_dict(), donor.unet.state_dict()
+    if {name: w.shape for name, w in ours.items()} != {name: w.shape for name, w in theirs.items()}:
+        raise InputError(
+            f"--init-from {donor.path} has another architecture than the teacher: choose one of its students"
+        )
+    if donor.schedule.config != teacher.schedule.config:
+        raise InputError(
+            f"--init-from {donor.path} has another noise schedule than the teacher: choose one of its students"
+        )
+
+
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
     """Student and critic start as copies of the teacher; the student may start from another student instead."""
     student = copy.deepcopy(target.unet)
@@ -111,6 +125,8 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
     critic = copy.deepcopy(target.unet).to(config.device).eval().requires_grad_(True)
     shapes = {"map": target.shape, "layer": (len(config.grid) - 1, *target.shape), "scalar": ()}
     log_gamma = nn.Parameter(torch.zeros(shapes[config.log_gamma], device=config.device))
+    if warm_start is not None and config.log_gamma != "layer" and warm_start.log_gamma.shape == log_gamma.shape:
+        log_gamma.data.copy_(warm_start.log_gamma)
     return DistillState(
         step=0,
         student=student,
@@ -126,7 +142,7 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
     )
 
 
-def step(state: DistillState, batch: None, generator: torch.Generator) -> dict[str, float]:
+def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) -> dict[str, float]:
     """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None."""
     config = state.config
     state.step += 1

@@ -15,7 +15,7 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
 from hsivi_cli.targets.score_net import ScoreNet, load_score_net
-from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, solve, solver_times
+from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, resolve_order, solve, solver_times
 
 DEFAULT_NFE = 10
 SHIPPED_TEACHER = "mnist/teacher"
@@ -43,11 +43,14 @@ def open_sampler(
     solver: str | None = None,
     spacing: str | None = None,
     device: str = "cpu",
+    order: int | None = None,
+    clip: bool = False,
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
-    Without `solver`, `path` is a student or a run of students; with it, the directory of a score network. Raises
-    InputError, naming the command to type instead, for anything else.
+    Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and `spacing`,
+    `order` and `clip` are as in `solver_sampler`. Raises InputError, naming the command to type instead, for anything
+    else.
     """
     if path is not None and not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -59,9 +62,10 @@ def open_sampler(
                 f"{path} holds students, --solver samples their teacher: name its directory, or drop --solver"
             )
         score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device)
-        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing)
-    if spacing is not None:
-        raise InputError("--spacing belongs to a solver: pass --solver too")
+        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip)
+    for flag, given in (("--spacing", spacing is not None), ("--order", order is not None), ("--clip", clip)):
+        if given:
+            raise InputError(f"{flag} belongs to a solver: pass --solver too")
     if is_teacher:
         raise InputError(
             f"{path} is a score network, no student: pass --solver {'|'.join(SOLVERS)}, or hsivi distill it"
@@ -86,20 +90,30 @@ def student_sampler(student: Student) -> Sampler:
     return Sampler(name, student.nfe, student.shape, lambda noise: sample_student(student, noise), description)
 
 
-def solver_sampler(score_net: ScoreNet, solver: str, nfe: int, spacing: str | None = None) -> Sampler:
-    """A diffusers solver on a score network, with its best time-step spacing unless `spacing` names one.
+def solver_sampler(
+    score_net: ScoreNet,
+    solver: str,
+    nfe: int,
+    spacing: str | None = None,
+    order: int | None = None,
+    clip: bool = False,
+) -> Sampler:
+    """A diffusers solver on a score network; spacing and order default to the best on the shipped teacher.
 
-    Raises InputError for an unknown solver or spacing, and for an NFE the solver cannot meet exactly.
+    `clip` keeps every predicted x_0 in [-1, 1]. Raises InputError for an unknown solver, spacing or order, and for an
+    NFE the solver cannot meet exactly.
     """
     spacing = spacing or best_spacing(solver, nfe)
+    order = resolve_order(solver, order)
     times = solver_times(solver, nfe, spacing, score_net.schedule)
     description = {
         "kind": "solver",
         "teacher_sha256": score_net.sha256,
         "solver": solver,
         "spacing": spacing,
+        "order": order,
+        "clip": clip,
         "nfe": nfe,
-        "clip_sample": False,
         # a thousand times say nothing that the spacing does not
         "times": list(times) if nfe <= 50 else None,
         "quantisation": QUANTISATION,
@@ -107,11 +121,11 @@ def solver_sampler(score_net: ScoreNet, solver: str, nfe: int, spacing: str | No
     device = next(score_net.unet.parameters()).device
 
     def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
-        return solve(
-            score_net.eps, score_net.schedule, solver, nfe, spacing, lambda: noise.draw(score_net.shape, device)
-        )
+        draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
+        return solve(score_net.eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
-    return Sampler(f"{solver} ({spacing}), NFE {nfe}", nfe, score_net.shape, run, description)
+    recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])
+    return Sampler(f"{solver} ({', '.join(recipe)}), NFE {nfe}", nfe, score_net.shape, run, description)
 
 
 def draw_images(
@@ -124,9 +138,9 @@ def draw_images(
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Images `first .. first + n - 1` of `seed`, in batches, uint8 and channels last.
 
-    Image j has its own noise stream, so it depends on `seed` and `j` only, not on `batch_size` or on where the range
-    starts. `on_batch(count)` is told after each batch. Raises InputError for a seed above 63 bits, RunError if memory
-    runs out or an image is not finite.
+    Image j has its own noise stream, named by `seed` and `j`: the noise does not depend on `batch_size` or on where the
+    range starts; rounding may move a pixel by one grey level. `on_batch(count)` is told after each batch. Raises
+    InputError for a seed above 63 bits, RunError if an image is not finite.
     """
     if first + n > 2**63 or seed >= 2**63:
         raise InputError(f"--seed {seed} is too large: choose one below 2^63")
@@ -145,16 +159,8 @@ def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
 
 
 def _run(sampler: Sampler, noise: NoiseStreams, start: int) -> Float[Tensor, "n c h w"]:
-    try:
-        with torch.inference_mode():
-            images = sampler.run(noise)
-    except torch.OutOfMemoryError as err:
-        raise RunError("the device ran out of memory: lower --batch-size") from err
-    except RuntimeError as err:
-        # on the CPU torch has no class of its own for this
-        if "allocate memory" in str(err):
-            raise RunError("out of memory: lower --batch-size") from err
-        raise
+    with torch.inference_mode():
+        images = sampler.run(noise)
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise RunError(

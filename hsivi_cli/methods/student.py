@@ -98,7 +98,7 @@ def walk_chain(
 
 
 def save_student(student: Student, path: Path) -> None:
-    """Write a student directory in one atomic step, replacing an older one."""
+    """Write a student directory, replacing an older one whole; a crash leaves one of the two."""
     from safetensors.torch import save_file
 
     with atomic_directory(path, overwrite=True) as directory:
@@ -123,7 +123,7 @@ def load_student(path: Path, device: str = "cpu") -> Student:
         eta = float(fields["eta"])
         if not 0 <= eta <= 1:
             raise InputError(f"{path / DESCRIPTION}: eta {eta} is not between 0 and 1")
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise InputError(f"{path / DESCRIPTION} is not a student's description: {err!r}") from err
     unet = load_unet(path / "unet").to(device).eval().requires_grad_(False)
     try:
@@ -149,7 +149,9 @@ def student_sha256(path: Path) -> str:
 def find_students(path: Path) -> dict[int, Path]:
     """Students in a run directory, by NFE; a student directory is its own only student."""
     own = path / DESCRIPTION
-    candidates = [own] if own.is_file() else sorted(path.glob(f"*/{DESCRIPTION}"))
+    found = sorted(path.glob(f"*/{DESCRIPTION}"))
+    # a dot begins the temporaries that a killed process leaves behind
+    candidates = [own] if own.is_file() else [file for file in found if not file.parent.name.startswith(".")]
     students: dict[int, Path] = {}
     for file in candidates:
         nfe = read_json(file).get("nfe")

@@ -2,21 +2,18 @@
 
 import dataclasses
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.metrics_log import plot_metrics, read_metrics
+from hsivi_cli.io.files import atomic_directory, write_json
+from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.sampling import to_uint8
 
@@ -71,6 +68,8 @@ def train(
     state = ddpm.init(None, config)
     if had_run and (directory / CHECKPOINT).is_file():
         resume(ddpm, state, directory)
+    else:
+        rewind_metrics(directory / METRICS, 0)
 
     def preview(step: int) -> dict[str, float]:
         drawn = ddpm.sample(state, NoiseStreams(config.seed, range(PREVIEW_IMAGES)))
@@ -89,14 +88,13 @@ def publish(state: ddpm.DDPMState, directory: Path) -> None:
     """Write the averaged network as a diffusers pipeline (`DDPMPipeline.from_pretrained` opens `directory`)."""
     from diffusers import DDPMPipeline, DDPMScheduler
 
+    with atomic_directory(directory / "unet", overwrite=True) as unet:
+        state.ema.save_pretrained(unet, safe_serialization=True)
     scheduler = DDPMScheduler.from_config(state.config.schedule)
-    with tempfile.TemporaryDirectory(prefix=".publish-", dir=directory) as scratch:
-        DDPMPipeline(state.ema, scheduler).save_pretrained(scratch, safe_serialization=True)
-        for item in Path(scratch).iterdir():
-            target = directory / item.name
-            if target.is_dir():
-                shutil.move(target, Path(scratch) / f"old-{item.name}")
-            os.replace(item, target)
+    with atomic_directory(directory / "scheduler", overwrite=True) as folder:
+        scheduler.save_pretrained(folder)
+    index = dict(DDPMPipeline(state.ema, scheduler).config)
+    write_json(directory / "model_index.json", {"_class_name": "DDPMPipeline"} | index)
 
 
 def resolved(config: ddpm.DDPMConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -104,4 +102,4 @@ def resolved(config: ddpm.DDPMConfig, data: dict[str, Any]) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     fields.pop("device")
     fields["unet"] = {k: list(v) if isinstance(v, tuple) else v for k, v in fields["unet"].items()}
-    return {"method": "ddpm", "torch": torch.__version__, "data": data} | fields
+    return {"method": "ddpm", "data": data} | fields

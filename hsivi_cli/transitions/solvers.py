@@ -2,7 +2,7 @@
 
 The multistep solvers are diffusers' own schedulers. DDIM and DDPM are one flat loop over diffusers' time steps, for two
 reasons: noise must come from a stream a sample, and diffusers' DDIM and DDPM step to `t - T // NFE`, which for spacing
-`linspace` is not the next time of its own list.
+`linspace` is not the next time of its own list. The same loop takes the students' own times, spacing `quad`.
 """
 
 import math
@@ -15,13 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.bridges.schedule import NoiseSchedule
+from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid
 from hsivi_cli.errors import InputError
 
-SPACINGS = ("leading", "trailing", "linspace")
+# quad is the students' grid (bridges.schedule.make_grid), the other three are diffusers'
+QUAD = "quad"
+SPACINGS = ("leading", "trailing", "linspace", QUAD)
+ORDERS = (1, 2, 3)
 
-# The spacing with the lowest FID on the shipped teacher (1,000 samples at NFE 5 and 10), from this NFE upwards; pairs
-# are (first NFE, spacing). A single step must start at the last time, which "leading" does not.
+# Defaults: the best on the shipped teacher at NFE 5 and 10 (FID of 1,000 samples), from this NFE upwards, as pairs
+# (first NFE, spacing). Another teacher may prefer another. A single step must start at the last time, which "leading"
+# does not.
 BEST_SPACING: dict[str, tuple[tuple[int, str], ...]] = {
     "ddim": ((1, "trailing"), (2, "leading")),
     "dpm++": ((1, "leading"),),
@@ -29,6 +33,7 @@ BEST_SPACING: dict[str, tuple[tuple[int, str], ...]] = {
     "deis": ((1, "leading"),),
     "ddpm": ((1, "trailing"), (2, "leading")),
 }
+BEST_ORDER = {"dpm++": 2, "unipc": 2, "deis": 2}
 
 Eps = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[], Tensor]
@@ -36,63 +41,127 @@ Draw = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """A diffusers scheduler class and its options; `eta` is set where the step is DDIM's (0) or DDPM's (1)."""
+    """A diffusers scheduler class and its options; `eta` is set where the step is DDIM's (0) or DDPM's (1).
+
+    `any_times` says whether it can be given its times; the other schedulers only know diffusers' three spacings.
+    """
 
     scheduler: str
     options: dict[str, Any] = field(default_factory=dict)
     eta: float | None = None
+    any_times: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddim": Solver("DDIMScheduler", {"clip_sample": False}, eta=0.0),
-    "dpm++": Solver("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": Solver("UniPCMultistepScheduler", {"solver_order": 2}),
-    "deis": Solver("DEISMultistepScheduler", {"solver_order": 2}),
-    "ddpm": Solver("DDPMScheduler", {"clip_sample": False}, eta=1.0),
+    "ddim": Solver("DDIMScheduler", {"clip_sample": False}, eta=0.0, any_times=True),
+    "dpm++": Solver("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, any_times=True),
+    "unipc": Solver("UniPCMultistepScheduler"),
+    "deis": Solver("DEISMultistepScheduler"),
+    "ddpm": Solver("DDPMScheduler", {"clip_sample": False}, eta=1.0, any_times=True),
 }
 
 
 def best_spacing(solver: str, nfe: int) -> str:
-    """The time-step spacing that suits `solver` best at this NFE; raises InputError for an unknown solver."""
+    """The default time-step spacing: the best on the shipped teacher at NFE 5 and 10; InputError: unknown solver."""
     _known(solver)
     return [spacing for first, spacing in BEST_SPACING[solver] if first <= max(nfe, 1)][-1]
+
+
+def spacings(solver: str) -> tuple[str, ...]:
+    """The time-step spacings that `solver` has; raises InputError for an unknown solver."""
+    _known(solver)
+    return tuple(spacing for spacing in SPACINGS if spacing != QUAD or SOLVERS[solver].any_times)
+
+
+def resolve_order(solver: str, order: int | None = None) -> int | None:
+    """The order of a multistep solver, its default for None; None for DDIM and DDPM, which have no other.
+
+    Raises InputError for an order that the solver does not have.
+    """
+    _known(solver)
+    if solver not in BEST_ORDER:
+        if order is not None:
+            raise InputError(f"--order belongs to {', '.join(BEST_ORDER)}: leave it out for --solver {solver}")
+        return None
+    if order is not None and order not in ORDERS:
+        raise InputError(f"--order {order} is none of {', '.join(map(str, ORDERS))}")
+    return BEST_ORDER[solver] if order is None else order
 
 
 def solver_times(solver: str, nfe: int, spacing: str, schedule: NoiseSchedule) -> tuple[int, ...]:
     """The decreasing times at which `solver` evaluates the network: exactly `nfe` of them.
 
-    Raises InputError if the solver or spacing is unknown, `nfe` exceeds T, or diffusers has no `nfe` distinct times for
-    this spacing.
+    Raises InputError if the solver or spacing is unknown, `nfe` exceeds T, or there are no `nfe` distinct times for
+    this solver and spacing.
     """
     total = schedule.num_train_timesteps
     _known(solver)
     if spacing not in SPACINGS:
         raise InputError(f"--spacing {spacing!r} is none of {', '.join(SPACINGS)}")
+    if spacing not in spacings(solver):
+        known = ", ".join(spacings(solver))
+        raise InputError(f"--spacing {spacing}: diffusers' {SOLVERS[solver].scheduler} takes no times: use {known}")
     if nfe < 1:
         raise InputError(f"--nfe {nfe}: at least one network evaluation is needed")
     if nfe > total:
         raise InputError(f"--nfe {nfe}: the score network knows only {total} times")
     times = _times(solver, nfe, spacing, schedule)
     if not _usable(times, nfe, total):
-        others = [s for s in SPACINGS if s != spacing and _usable(_times(solver, nfe, s, schedule), nfe, total)]
+        others = [s for s in spacings(solver) if _usable(_times(solver, nfe, s, schedule), nfe, total)]
         hint = f"--spacing {' or '.join(others)}" if others else "another --nfe"
         raise InputError(f"--solver {solver} has no {nfe} distinct times with spacing {spacing}: use {hint}")
     return times
 
 
 def solve(
-    eps: Eps, schedule: NoiseSchedule, solver: str, nfe: int, spacing: str, draw: Draw
+    eps: Eps,
+    schedule: NoiseSchedule,
+    solver: str,
+    nfe: int,
+    spacing: str,
+    draw: Draw,
+    order: int | None = None,
+    clip: bool = False,
 ) -> Float[Tensor, "n *shape"]:
-    """Integrate from `x_T = draw()` to images with exactly `nfe` calls of `eps(x, t)`; no clipping anywhere.
+    """Integrate from `x_T = draw()` to images with exactly `nfe` calls of `eps(x, t)`.
 
     `draw()` returns fresh standard normal noise, shape `(n, *shape)`: once for the start and, for DDPM, once a step but
-    the last. Raises InputError as `solver_times` does.
+    the last. `clip` keeps every predicted x_0 in [-1, 1]. Raises InputError as `solver_times` and `resolve_order` do.
     """
     times = solver_times(solver, nfe, spacing, schedule)
+    order = resolve_order(solver, order)
+    if clip:
+        eps = clipped(eps, schedule)
     eta = SOLVERS[solver].eta
-    if eta is None:
-        return _multistep(eps, build_scheduler(solver, spacing, schedule), nfe, draw())
-    return ddim(eps, schedule, times, eta, draw)
+    if eta is not None:
+        return ddim(eps, schedule, times, eta, draw)
+    scheduler = build_scheduler(solver, spacing, schedule, order)
+    x = draw()
+    if spacing == QUAD:
+        scheduler.set_timesteps(timesteps=list(times), device=x.device)
+    else:
+        scheduler.set_timesteps(nfe, device=x.device)
+    for t in scheduler.timesteps:
+        x = scheduler.step(eps(x, t), t, x, return_dict=False)[0]
+    return x
+
+
+def clipped(eps: Eps, schedule: NoiseSchedule) -> Eps:
+    """The noise prediction whose x_0 is that of `eps`, clamped to [-1, 1]: clipping for every solver alike.
+
+    Each solver sees the clamped x_0 and the eps that belongs to it. In diffusers that is `clip_sample=True` of
+    DDPMScheduler; of DDIMScheduler together with `use_clipped_model_output=True` (DDIMPipeline's own default leaves eps
+    as it was); and static thresholding of the multistep schedulers: `thresholding=True, sample_max_value=1.0`, whatever
+    the ratio.
+    """
+
+    def predict(x: Float[Tensor, "n *shape"], t: Tensor) -> Float[Tensor, "n *shape"]:
+        abar = schedule.abar.to(x.device)[t.to(x.device)]
+        signal, noise = abar.sqrt(), (1 - abar).sqrt()
+        x0 = ((x - noise * eps(x, t)) / signal).clamp(-1, 1)
+        return (x - signal * x0) / noise
+
+    return predict
 
 
 def ddim(
@@ -115,21 +184,19 @@ def ddim(
     return x
 
 
-def build_scheduler(solver: str, spacing: str, schedule: NoiseSchedule) -> Any:
-    """A fresh diffusers scheduler for `solver` on this noise schedule; raises InputError for an unknown solver."""
+def build_scheduler(solver: str, spacing: str, schedule: NoiseSchedule, order: int | None = None) -> Any:
+    """A fresh diffusers scheduler for `solver` on this noise schedule; `order` None is the default one.
+
+    For `quad` its own spacing does not matter: it is to be given its times. Raises InputError for an unknown solver or
+    order.
+    """
     import diffusers
 
-    _known(solver)
+    order = resolve_order(solver, order)
     recipe = SOLVERS[solver]
-    scheduler = getattr(diffusers, recipe.scheduler)
-    return scheduler(**schedule.config, timestep_spacing=spacing, **recipe.options)
-
-
-def _multistep(eps: Eps, scheduler: Any, nfe: int, x: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *shape"]:
-    scheduler.set_timesteps(nfe, device=x.device)
-    for t in scheduler.timesteps:
-        x = scheduler.step(eps(x, t), t, x, return_dict=False)[0]
-    return x
+    options = recipe.options | ({} if order is None else {"solver_order": order})
+    spacing = SPACINGS[0] if spacing == QUAD else spacing
+    return getattr(diffusers, recipe.scheduler)(**schedule.config, timestep_spacing=spacing, **options)
 
 
 def _known(solver: str) -> None:
@@ -138,6 +205,12 @@ def _known(solver: str) -> None:
 
 
 def _times(solver: str, nfe: int, spacing: str, schedule: NoiseSchedule) -> tuple[int, ...]:
+    """Decreasing times, not yet checked; none where the spacing has no `nfe` of them."""
+    if spacing == QUAD:
+        try:
+            return make_grid(QUAD, nfe, schedule)[:0:-1]
+        except InputError:
+            return ()
     scheduler = build_scheduler(solver, spacing, schedule)
     scheduler.set_timesteps(nfe)
     return tuple(int(t) for t in scheduler.timesteps)
@@ -145,5 +218,5 @@ def _times(solver: str, nfe: int, spacing: str, schedule: NoiseSchedule) -> tupl
 
 def _usable(times: tuple[int, ...], nfe: int, total: int) -> bool:
     # one "leading" step of DDIM would start, and end, at time 0
-    decreasing = times[0] > 0 and all(high > low for high, low in pairwise(times))
-    return len(times) == nfe and decreasing and times[-1] >= 0 and times[0] < total
+    decreasing = all(high > low for high, low in pairwise(times))
+    return len(times) == nfe and decreasing and 0 < times[0] < total and times[-1] >= 0

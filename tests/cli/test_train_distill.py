@@ -133,6 +133,10 @@ def test_warm_start_goes_from_the_larger_nfe_to_the_smaller(teacher, tmp_path):
         (["--lr-schedule", "step"], "--lr-schedule"),
         (["--device", "cuda:99"], "--device"),
         (["--init-from", "nowhere"], "nowhere"),
+        (["--reference", "nowhere"], "nowhere"),
+        (["--nfe", "5000"], "--nfe 5000"),
+        (["--eta", "0"], "--eta"),
+        (["--clip", "0"], "--clip"),
     ],
 )
 def test_bad_options_end_with_one_line_and_leave_nothing(teacher, tmp_path, capsys, arguments, what):
@@ -145,6 +149,57 @@ def test_bad_options_end_with_one_line_and_leave_nothing(teacher, tmp_path, caps
     assert captured.err.strip().count("\n") == 0
     assert captured.out == ""
     assert not out.exists()
+
+
+def test_dry_run_checks_everything_a_run_would(teacher, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    base = ["distill", "--score-net", str(teacher), "--nfe", "3", "--batch", "4", "--dry-run"]
+    for wrong in (["--init-from", "nowhere"], ["--reference", "nowhere"], ["--out", str(tmp_path / "full")]):
+        assert main([*base, *wrong]) == 2
+    capsys.readouterr()
+
+
+def test_a_student_of_another_network_is_no_start(teacher, tiny_student, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "1", "--out", str(out)]
+    assert main([*arguments, "--init-from", str(tiny_student)]) == 2
+    assert "architecture" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_resume_names_the_option_that_changed(teacher, tmp_path, capsys):
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "1", "--batch", "4"]
+    arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
+    assert "lr_student was 0.0001, now 0.5" in capsys.readouterr().err
+
+
+def test_resume_clears_what_a_kill_left_behind(teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "1", "--batch", "4"]
+    arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(run)]
+    assert main(arguments) == 0
+    shutil.copytree(run / "nfe2", run / ".nfe2.deadbeef.tmp")  # killed while writing
+    assert main(["sample", str(run), "-n", "1", "--out", str(tmp_path / "a.npy")]) == 0
+    (run / "nfe2").rename(run / ".nfe2.deadbeef.tmp.old")  # killed between the two renames
+    assert main([*arguments, "--resume"]) == 0
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    assert main(["sample", str(run), "-n", "1", "--out", str(tmp_path / "b.npy")]) == 0
+
+
+def test_first_checkpoint_not_reached_starts_over_without_double_lines(teacher, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "2", "--batch", "4"]
+    arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(run)]
+    assert main(arguments) == 0
+    work = run / "training" / "nfe2"
+    (work / "checkpoint.safetensors").unlink()
+    with (work / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "fi')
+    assert main([*arguments, "--resume"]) == 0
+    assert [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()] == [2]
 
 
 def test_a_teacher_that_changed_is_not_resumed(teacher, tmp_path, capsys):

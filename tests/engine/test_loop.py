@@ -23,6 +23,12 @@ class Walk:
 
 
 class WalkMethod:
+    def init(self, target, config):
+        return Walk()
+
+    def sample(self, state, noise):
+        return noise.draw(())
+
     def __init__(self, at=None, action=None):
         self.at, self.action = at, action
 

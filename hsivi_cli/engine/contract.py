@@ -15,14 +15,8 @@ from hsivi_cli.engine.seeds import NoiseStreams
 Metrics = dict[str, float]
 
 
-class State(Protocol):
-    """What a run carries from step to step; `step` counts the finished ones."""
-
-    step: int
-
-
 class Method(Protocol):
-    """The verbs; `target` and `config` are the method's own types."""
+    """The verbs; `target`, `config` and the state are the method's own types. A state counts its steps in `step`."""
 
     def init(self, target: Any, config: Any) -> Any:
         """A fresh state; random weights depend on `config.seed` alone."""
