@@ -75,7 +75,7 @@ def evaluate(
     from hsivi_cli.evaluation.report import evaluation_report
     from hsivi_cli.io.images import ImageSet
 
-    if max_fid is not None and math.isnan(max_fid):
+    if max_fid is not None and math.isnan(max_fid):  # older Typers let it pass `min`
         raise InputError("--max-fid nan would let everything pass: name a number")
     device = options.resolve_device(device, threads)
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}

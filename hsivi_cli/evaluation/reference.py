@@ -81,4 +81,5 @@ def fid_against(reference: str, shape: tuple[int, int, int], device: str = "cpu"
 
 def _check_shape(theirs: tuple[int, ...] | None, reference: str, shape: tuple[int, int, int]) -> None:
     if theirs is not None and theirs != shape:
-        raise InputError(f"the reference {reference} has images of {describe_size(theirs)}, not {describe_size(shape)}")
+        found, wanted = describe_size(theirs), describe_size(shape)
+        raise InputError(f"the reference {reference} has images of {found}, the samples of {wanted}")

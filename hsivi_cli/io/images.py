@@ -123,7 +123,8 @@ def read_images(source: str, limit: int | None = None) -> ImageSet:
 def read_image_stream(file: BinaryIO, limit: int | None = None, source: str = "stdin") -> ImageSet:
     """Read one or more concatenated `.npy` payloads of uint8 images, as `hsivi sample --out -` writes them.
 
-    `limit` as in `subset`, once all are read. Raises InputError if the stream is empty, is cut off, is anything but `.npy`, or mixes image shapes.
+    `limit` as in `subset`, once all are read. Raises InputError if the stream is empty, is cut off, is anything but
+    `.npy`, or mixes image shapes.
     """
     sets: list[ImageSet] = []
     while head := _read_up_to(file, 8):

@@ -48,9 +48,9 @@ def open_sampler(
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
-    Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and `spacing`,
-    `order` and `clip` are as in `solver_sampler`. Raises InputError, naming the command to type instead, for anything
-    else.
+    Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and
+    `spacing`, `order` and `clip` are as in `solver_sampler`. Raises InputError, naming the command to type instead,
+    for anything else.
     """
     if path is not None and not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -79,7 +80,30 @@ def test_stream(capsys, monkeypatch):
     assert "fid@200" in json.loads(out)["metrics"]
 
 
+def test_subset_is_random_and_says_so(capsys, array):
+    _, out, _ = evaluate(capsys, array, "--reference", "digits", "-n", "70", "--json")
+    assert json.loads(out)["protocol"]["samples"]["subset"] == "70 of 80, at random, seed 2020"
+    _, out, _ = evaluate(capsys, array, "--reference", "digits", "-n", "80", "--json")
+    assert "subset" not in json.loads(out)["protocol"]["samples"]
+
+
+def test_teacher_fid_needs_the_same_protocol(capsys, tiny_run, tmp_path):
+    from hsivi_cli.evaluation.reference import fid_against
+    from hsivi_cli.io.files import read_json
+
+    meter = fid_against("digits", (8, 8, 1))
+    known = {"value": 1.5, "n": 8, "solver": "ddim", "nfe": 50}
+    known |= {"reference_sha256": meter.reference_sha256, "extractor_sha256": meter.extractor_sha256}
+    shutil.copytree(tiny_run / "nfe3", tmp_path / "nfe3")
+    fields = read_json(tiny_run / "nfe3" / "hsivi.json")
+    for teacher_fid, n, expected in ((known, "8", known), (known, "9", None), (1.5, "8", None)):
+        (tmp_path / "nfe3" / "hsivi.json").write_text(json.dumps(fields | {"teacher_fid": teacher_fid}))
+        _, out, _ = evaluate(capsys, str(tmp_path), "--nfe", "3", "-n", n, "--reference", "digits", "--json")
+        assert json.loads(out)["protocol"]["samples"].get("teacher_fid") == expected
+
+
 def test_student_does_not_depend_on_the_batch(capsys, tiny_run):
+    """But for rounding, which moves a pixel by one grey level at most (see tests/methods/test_sampling.py)."""
     found = []
     for batch in ("3", "8"):
         argv = (str(tiny_run), "--nfe", "3", "-n", "8", "--reference", "digits", "--json", "--batch-size", batch)
@@ -87,10 +111,11 @@ def test_student_does_not_depend_on_the_batch(capsys, tiny_run):
         assert code == 0
         found.append(json.loads(out))
     samples = found[0]["protocol"]["samples"]
-    assert samples["sha256"] == found[1]["protocol"]["samples"]["sha256"]
+    fids = [json_["metrics"]["fid@8"] for json_ in found]
+    assert fids[0] == pytest.approx(fids[1], rel=1e-2)
     assert (samples["nfe"], samples["seed"]) == (3, 0)
     assert samples["model"]["sha256"]
-    assert samples["teacher_fid"] is None
+    assert "teacher_fid" not in samples
 
 
 def test_teacher(capsys, tiny_teacher):
@@ -110,6 +135,9 @@ def test_teacher(capsys, tiny_teacher):
         (["{array}", "--reference", "missing.npz"], "does not exist"),
         (["missing.npy", "--reference", "digits"], "does not exist"),
         (["{array}", "--reference", "digits", "--nfe", "5"], "--nfe is for models"),
+        (["{array}", "--reference", "digits", "--clip"], "--clip is for models"),
+        (["{array}", "--reference", "digits", "--order", "2"], "--order is for models"),
+        (["{array}", "--reference", "digits", "--max-fid", "nan"], "--max-fid"),
         (["{array}", "--reference", "digits", "--features", "inception"], "nothing is downloaded"),
         (["{array}", "--reference", "digits", "--features", "what"], "unknown"),
         (["{array}", "--reference", "digits", "--device", "nonsense"], "not available"),

@@ -30,9 +30,18 @@ def test_json_says_what_made_the_images(tiny_teacher, tmp_path, capsys):
     result, story = capsys.readouterr()
     payload = json.loads(result)
     assert (payload["out"], payload["n"], payload["nfe"]) == (out, 4, 10)
-    assert payload["sampler"]["spacing"] == "trailing"
+    assert payload["sampler"]["spacing"] == "leading"
     assert payload["images_per_second"] > 0
-    assert "ddim (trailing)" in story
+    assert "ddim (leading)" in story
+
+
+def test_solver_options_reach_the_solver(tiny_teacher, tmp_path, capsys):
+    argv = ["sample", str(tiny_teacher), "--solver", "dpm++", "--nfe", "5", "-n", "2", "--json"]
+    assert main([*argv, "--spacing", "quad", "--order", "3", "--clip", "--out", str(tmp_path / "a.npy")]) == 0
+    result, story = capsys.readouterr()
+    sampler = json.loads(result)["sampler"]
+    assert (sampler["spacing"], sampler["order"], sampler["clip"]) == ("quad", 3, True)
+    assert "dpm++ (quad, order 3, clipped), NFE 5" in story
 
 
 def test_prints_the_path(tiny_student, tmp_path, capsys):
@@ -54,6 +63,9 @@ def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
     fails(capsys, 2, "drop --solver", tiny_run, "--solver", "ddim", *out)
     fails(capsys, 2, "dpm++", tiny_teacher, "--solver", "heun", *out)
     fails(capsys, 2, "only 1000 times", tiny_teacher, "--solver", "ddim", "--nfe", 2000, *out)
+    fails(capsys, 2, "use leading, trailing, linspace", tiny_teacher, "--solver", "deis", "--spacing", "quad", *out)
+    fails(capsys, 2, "--order belongs", tiny_teacher, "--solver", "ddim", "--order", 2, *out)
+    fails(capsys, 2, "--clip belongs", tiny_run, "--nfe", 3, "--clip", *out)
     fails(capsys, 2, "exists already", tiny_run, "--nfe", 3, "--out", taken)
     fails(capsys, 2, "unknown extension", tiny_run, "--nfe", 3, "--out", tmp_path / "a.gif")
     fails(capsys, 2, "cannot be written", tiny_run, "--nfe", 3, "--out", "/proc/a.npy")

@@ -8,6 +8,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation import metrics
 from hsivi_cli.evaluation.extractors import Extractor, load_extractor
 from hsivi_cli.evaluation.metrics import Features, compute_metrics, extract_features, has_statistics, read_statistics
+from hsivi_cli.evaluation.reference import fid_against
 from hsivi_cli.evaluation.report import evaluation_report
 from hsivi_cli.io.files import asset
 from hsivi_cli.io.images import image_set, read_images
@@ -139,6 +140,32 @@ def test_truncated_statistics(tmp_path):
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cut"):
         read_statistics(tmp_path / "cut.npz")
+
+
+def test_statistics_of_unknown_origin_are_warned_about(tmp_path, digits, halves):
+    known = halves[1].moments
+    for fields, warned in (({}, True), ({"extractor_sha256": digits.sha256}, False)):
+        np.savez(tmp_path / "a.npz", mu=known.mu, sigma=known.sigma, **fields)
+        report = evaluation_report(halves[0], read_statistics(tmp_path / "a.npz"), digits)
+        assert any("which extractor" in warning for warning in report.warnings) == warned
+
+
+def test_running_out_of_memory_is_not_the_images_fault(digits):
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 9 bytes")):
+
+        def full(batch, error=error):
+            raise error
+
+        with pytest.raises(type(error), match="memory"):
+            extract_features(read_images("digits", 4), Extractor("full", full, "", None, ""))
+
+
+def test_a_meter_says_what_it_measures(digits):
+    meter = fid_against("digits", (8, 8, 1))
+    assert (meter.extractor_sha256, meter.reference_sha256) == (digits.sha256, read_images("digits").sha256)
+    assert meter(read_images("digits", 900).images) < meter(255 - read_images("digits", 900).images)
+    shipped = fid_against("digits", (28, 28, 1))
+    assert shipped.reference_sha256 == read_statistics(asset("digit_features/reference_28x28.npz")).sha256
 
 
 def test_dimensions_must_agree(digits):

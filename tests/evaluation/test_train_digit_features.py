@@ -1,4 +1,4 @@
-"""The extractor's training script, on a handful of digits."""
+"""How the extractor was trained, on a handful of digits."""
 
 import gzip
 import struct
@@ -23,10 +23,10 @@ def fake_mnist(directory, count: int) -> None:
             (directory / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
 
 
-def test_script_writes_weights_and_statistics(tmp_path):
+def test_writes_weights_and_statistics(tmp_path):
     fake_mnist(tmp_path, 130)
     for name in ("first", "second"):
-        assert script.main(["--mnist", str(tmp_path), "--out", str(tmp_path / name), "--epochs", "1"]) == 0
+        assert 0 <= script.train_and_write(tmp_path, tmp_path / name, script.Recipe(epochs=1)) <= 1
     weights = [(tmp_path / name / script.WEIGHTS).read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1], "one seed, one extractor"
     model = load_digit_classifier(tmp_path / "first" / script.WEIGHTS)

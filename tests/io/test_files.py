@@ -79,3 +79,13 @@ def test_broken_json_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with path.open() as reader:
+        with atomic_file(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"  # the name moved to another file; nothing was overwritten in place
+    assert path.read_text() == "new"

@@ -88,6 +88,24 @@ def test_folder_is_sorted_and_lossless(tmp_path, colour):
     assert len(read_images(str(tmp_path), limit=2)) == 2
 
 
+def test_subsets_are_spread_over_the_whole(tmp_path):
+    """Folders and arrays are often sorted by class, so the first ones would be of one class."""
+    many = np.arange(200, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    found = image_set(many, "a", 50)
+    assert (len(found), found.subset_of) == (50, 200)
+    order = found.images[:, 0, 0, 0].astype(int)
+    assert (np.diff(order) > 0).all()
+    assert 60 < order.mean() < 140
+    np.testing.assert_array_equal(image_set(many, "a", 50).images, found.images)
+    assert image_set(many, "a", 200).subset_of is image_set(many, "a").subset_of is None
+    stream = read_image_stream(io.BytesIO(npy(many[:120]) + npy(many[120:])), 50)
+    assert (stream.sha256, stream.subset_of) == (found.sha256, 200)
+    for i, image in enumerate(many):
+        Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
+    folder = read_images(str(tmp_path), 50)
+    assert (folder.sha256, folder.subset_of) == (found.sha256, 200)
+
+
 def test_named_digits():
     digits = read_images("digits")
     assert digits.images.shape == (1797, 8, 8, 1)

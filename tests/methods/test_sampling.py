@@ -54,8 +54,21 @@ def test_descriptions_are_plain_json_and_name_what_matters(tiny_student, tiny_te
     assert student["kind"] == "student"
     assert len(student["sha256"]) == len(student["teacher_sha256"]) == 64
     solver = json.loads(json.dumps(solver_sampler(load_score_net(tiny_teacher), "ddim", 10).description))
-    assert (solver["solver"], solver["spacing"], solver["nfe"]) == ("ddim", "trailing", 10)
+    assert (solver["solver"], solver["spacing"], solver["nfe"]) == ("ddim", "leading", 10)
+    assert (solver["order"], solver["clip"]) == (None, False)
     assert solver["teacher_sha256"] == student["teacher_sha256"]
+
+
+def test_names_say_how_a_solver_ran(tiny_teacher):
+    score_net = load_score_net(tiny_teacher)
+    assert solver_sampler(score_net, "ddim", 10).name == "ddim (leading), NFE 10"
+    sampler = solver_sampler(score_net, "dpm++", 5, "quad", 3, clip=True)
+    assert sampler.name == "dpm++ (quad, order 3, clipped), NFE 5"
+    assert (sampler.description["order"], sampler.description["clip"]) == (3, True)
+    assert sampler.description["times"] == [800, 512, 288, 128, 32]
+    # the tiny teacher is untrained, so its predictions need the clipping
+    plain = solver_sampler(score_net, "dpm++", 5, "quad", 3)
+    assert (drawn(sampler, n=2) != drawn(plain, n=2)).any()
 
 
 def test_reports_progress_a_batch():
@@ -71,7 +84,8 @@ def test_failures_while_running_are_one_line():
     def full(noise: NoiseStreams):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RunError, match="lower --batch-size"):
+    # the command line has the words for this
+    with pytest.raises(torch.OutOfMemoryError):
         drawn(fake_sampler(full))
     with pytest.raises(InputError, match="too large"):
         drawn(fake_sampler(lambda noise: noise.draw((1, 8, 8))), seed=2**64)
@@ -88,5 +102,9 @@ def test_open_sampler_names_the_way_out(tiny_run, tiny_teacher, tmp_path):
         open_sampler(tiny_run, 7)
     with pytest.raises(InputError, match="pass --solver too"):
         open_sampler(tiny_run, 3, spacing="leading")
+    with pytest.raises(InputError, match="--order belongs"):
+        open_sampler(tiny_run, 3, order=2)
+    with pytest.raises(InputError, match="--clip belongs"):
+        open_sampler(tiny_run, 3, clip=True)
     with pytest.raises(InputError, match="does not exist"):
         open_sampler(tmp_path / "nothing", 3)

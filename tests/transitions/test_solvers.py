@@ -1,18 +1,23 @@
 import pytest
 import torch
 
-from hsivi_cli.bridges.schedule import schedule_from_config
+from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
 from hsivi_cli.errors import InputError
 from hsivi_cli.transitions.gaussian_layer import layer_coefficients, layer_mean
 from hsivi_cli.transitions.solvers import (
+    BEST_ORDER,
     BEST_SPACING,
+    ORDERS,
     SOLVERS,
     SPACINGS,
     best_spacing,
     build_scheduler,
+    clipped,
     ddim,
+    resolve_order,
     solve,
     solver_times,
+    spacings,
 )
 
 SCHEDULE = schedule_from_config({})
@@ -37,8 +42,9 @@ def gaussian_eps(scale):
 
 
 @pytest.mark.parametrize("nfe", [3, 5, 10, 20])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "spacing"), [(solver, spacing) for solver in SOLVERS for spacing in spacings(solver)]
+)
 def test_exactly_nfe_network_evaluations(solver, spacing, nfe):
     times = []
 
@@ -123,6 +129,104 @@ def test_ddim_of_gaussian_data_in_closed_form():
     torch.testing.assert_close(images, scale * x, rtol=5e-3, atol=1e-6)
 
 
+def test_quad_is_the_students_grid():
+    for solver in ("ddim", "ddpm", "dpm++"):
+        assert solver_times(solver, 5, "quad", SCHEDULE) == make_grid("quad", 5, SCHEDULE)[:0:-1]
+    assert "quad" not in spacings("unipc")
+
+
+def relative_error(solver, spacing, order=None, nfe=10):
+    """How far the solver's scale is from the probability flow's, for data ~ N(0, 1.5^2), from its own first time on."""
+    first = SCHEDULE.abar[solver_times(solver, nfe, spacing, SCHEDULE)[0]]
+    exact = 1.5 * start() / (first * 2.25 + 1 - first).sqrt()
+    found = solve(gaussian_eps(1.5), SCHEDULE, solver, nfe, spacing, start, order)
+    return float((found / exact - 1).abs().max())
+
+
+@pytest.mark.parametrize("solver", BEST_ORDER)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_second_order_baselines_beat_ddim(solver, spacing):
+    """A baseline that lost its order, its schedule or its last step would flatter the students."""
+    if spacing not in spacings(solver):
+        pytest.skip("diffusers takes no times here")
+    worst = relative_error("ddim", spacing)
+    assert relative_error(solver, spacing, 2) < 0.5 * worst
+    assert relative_error(solver, spacing, 2) < relative_error(solver, spacing, 1)
+    assert relative_error(solver, spacing, 3) < 0.5 * worst
+    # and it converges: four times the steps, far less than a quarter of the error of first order
+    assert relative_error(solver, spacing, 2, 40) < 0.15 * worst
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "quad"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_first_order_dpm_is_ddim(spacing, clip):
+    # with these two spacings both solvers have the same times
+    found = [
+        solve(gaussian_eps(0.5), SCHEDULE, solver, 10, spacing, lambda: 4 * start(), order, clip)
+        for solver, order in (("ddim", None), ("dpm++", 1))
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def wild_eps(x, t):
+    """Predictions whose x_0 leaves [-1, 1] in most places."""
+    return torch.sin(3 * x + 0.01 * float(t))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("solver", BEST_ORDER)
+def test_clip_is_static_thresholding_in_diffusers(solver, order):
+    scheduler = build_scheduler(solver, "trailing", SCHEDULE, order)
+    scheduler.register_to_config(thresholding=True, dynamic_thresholding_ratio=1.0, sample_max_value=1.0)
+    scheduler.set_timesteps(10)
+    x = start()
+    for t in scheduler.timesteps:
+        x = scheduler.step(wild_eps(x, t), t, x).prev_sample
+    ours = solve(wild_eps, SCHEDULE, solver, 10, "trailing", start, order, clip=True)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert (ours - solve(wild_eps, SCHEDULE, solver, 10, "trailing", start, order)).abs().max() > 0.1
+
+
+def test_clip_of_ddim_is_clip_sample_with_the_clipped_output():
+    scheduler = build_scheduler("ddim", "leading", SCHEDULE)
+    scheduler.register_to_config(clip_sample=True)
+    scheduler.set_timesteps(10)
+    x = start()
+    for t in scheduler.timesteps:
+        x = scheduler.step(wild_eps(x, t), t, x, use_clipped_model_output=True).prev_sample
+    ours = solve(wild_eps, SCHEDULE, "ddim", 10, "leading", start, clip=True)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert ours.abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("t", [999, 500, 1])
+def test_clip_of_ddpm_is_clip_sample(t):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(**SCHEDULE.config, clip_sample=True)
+    scheduler.alphas_cumprod, scheduler.one = SCHEDULE.abar, torch.tensor(1.0, dtype=torch.float64)
+    noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    again = torch.Generator().manual_seed(1)
+    theirs = scheduler.step(wild_eps(start(), t), t, start(), generator=again).prev_sample
+    ours = posterior_step(scheduler, clipped(wild_eps, SCHEDULE)(start(), torch.tensor(t)), t, start(), noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_changes_nothing_inside_the_range():
+    draw = lambda: 0.1 * start()  # noqa: E731
+    plain, bounded = (solve(gaussian_eps(0.05), SCHEDULE, "ddim", 10, "leading", draw, clip=c) for c in (False, True))
+    torch.testing.assert_close(bounded, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_orders():
+    assert [resolve_order(solver) for solver in SOLVERS] == [BEST_ORDER.get(solver) for solver in SOLVERS]
+    assert build_scheduler("dpm++", "leading", SCHEDULE, 3).config.solver_order == 3
+    with pytest.raises(InputError, match="1, 2, 3"):
+        resolve_order("unipc", 4)
+    with pytest.raises(InputError, match="leave it out"):
+        resolve_order("ddim", 2)
+
+
 def test_default_spacings_are_usable():
     for solver in SOLVERS:
         assert BEST_SPACING[solver][0][0] == 1
@@ -143,6 +247,9 @@ def test_default_spacings_are_usable():
         ("ddim", 1, "leading", "--spacing trailing"),
         ("unipc", 1000, "leading", "--spacing trailing"),
         ("dpm++", 61, "trailing", "--spacing leading or linspace"),
+        ("unipc", 5, "quad", "UniPCMultistepScheduler takes no times: use leading, trailing, linspace"),
+        ("deis", 5, "quad", "leading, trailing, linspace"),
+        ("ddim", 1000, "quad", "no 1000 distinct times"),
     ],
 )
 def test_refuses_what_it_cannot_meet_exactly(solver, nfe, spacing, says):
