@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.sample import Clip, Order, Spacing
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -57,9 +56,9 @@ def evaluate(
         int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
     ] = None,
     solver: options.Solver = None,
-    spacing: Spacing = None,
-    order: Order = None,
-    clip: Clip = False,
+    spacing: options.Spacing = None,
+    order: options.Order = None,
+    clip: options.Clip = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
     device: options.Device = "auto",

@@ -13,6 +13,24 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Solver = Annotated[str | None, typer.Option("--solver", help="Sample a teacher: ddim, dpm++, unipc, deis or ddpm.")]
+Spacing = Annotated[
+    str | None,
+    typer.Option(
+        "--spacing",
+        help="Solver's times: leading, trailing, linspace or quad (the students' grid; ddim, ddpm and dpm++ only). "
+        "Default: best on the shipped teacher at NFE 5 and 10.",
+    ),
+]
+Order = Annotated[
+    int | None,
+    typer.Option(
+        "--order",
+        help="Order of dpm++, unipc or deis: 1, 2 or 3. Default: best on the shipped teacher at NFE 5 and 10.",
+    ),
+]
+Clip = Annotated[
+    bool, typer.Option("--clip/--no-clip", help="Solver: clamp the predicted image to [-1, 1] in every step.")
+]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 

@@ -10,24 +10,6 @@ from hsivi_cli.cli import console, options
 from hsivi_cli.errors import InputError
 
 # how a solver runs; evaluate has the same options
-Spacing = Annotated[
-    str | None,
-    typer.Option(
-        "--spacing",
-        help="Solver's times: leading, trailing, linspace or quad (the students' grid; ddim, ddpm and dpm++ only). "
-        "Default: best on the shipped teacher at NFE 5 and 10.",
-    ),
-]
-Order = Annotated[
-    int | None,
-    typer.Option(
-        "--order",
-        help="Order of dpm++, unipc or deis: 1, 2 or 3. Default: best on the shipped teacher at NFE 5 and 10.",
-    ),
-]
-Clip = Annotated[
-    bool, typer.Option("--clip/--no-clip", help="Solver: clamp the predicted image to [-1, 1] in every step.")
-]
 
 
 def sample(
@@ -42,9 +24,9 @@ def sample(
         str, typer.Option("--out", help="grid.png, samples.npy, samples.npz, a folder of PNGs, or - for stdout (.npy).")
     ] = "grid.png",
     solver: options.Solver = None,
-    spacing: Spacing = None,
-    order: Order = None,
-    clip: Clip = False,
+    spacing: options.Spacing = None,
+    order: options.Order = None,
+    clip: options.Clip = False,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     threads: options.Threads = 0,
