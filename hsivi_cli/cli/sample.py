@@ -9,13 +9,13 @@ import typer
 from hsivi_cli.cli import console, options
 from hsivi_cli.errors import InputError
 
-# how a solver runs; evaluate has the same options
-
 
 def sample(
     student: Annotated[
         Path | None,
-        typer.Argument(help="Student or run directory (with --solver: a teacher's). Default: the shipped one."),
+        typer.Argument(
+            help="Student or run directory (with --solver: a teacher's). Default: the shipped one, 'shipped'."
+        ),
     ] = None,
     nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
     n: Annotated[int, typer.Option("-n", "--num-samples", min=1, help="How many images.")] = 64,
@@ -44,6 +44,7 @@ def sample(
     from hsivi_cli.methods.sampling import draw_images, open_sampler
 
     device = options.resolve_device(device, threads)
+    student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
     sampler = open_sampler(student, nfe, solver, spacing, device, order, clip)
     destination = open_destination(out, sampler.shape[0], force)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
