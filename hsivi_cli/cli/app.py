@@ -1,5 +1,6 @@
 """The command tree. Command modules import nothing heavy at module level, so `hsivi --help` stays fast."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,12 @@ def options(
     """Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it."""
 
 
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere, so that Python does not complain about it on its way out."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3 or 130; see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -47,22 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(str(err))
         return err.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.error("interrupted")
+        console.error("interrupted; a run goes on from its last checkpoint with --resume")
         return 130
     except typer.TyperException as err:
         console.error(f"{err.format_message()} (see 'hsivi --help')" if hasattr(err, "format_message") else str(err))
         return 2
     except BrokenPipeError:
         # the reader of our stdout went away, as in `hsivi sample --out - | head -c 1`; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except OSError as err:
-        where = f" {err.filename}" if err.filename else ""
-        console.error(f"{err.strerror or err}:{where}" if where else str(err))
+        console.error(f"{err.filename or 'stdout'} cannot be written or read: {err.strerror or err}")
+        _drop_stdout()
         return 1
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, MemoryError) and "out of memory" not in str(err) and "allocate memory" not in str(err):
             raise
-        console.error("out of memory: lower --batch or --batch-size")
+        console.error("out of memory: lower the batch size (--batch in train and distill, --batch-size elsewhere)")
         return 1
     return code if isinstance(code, int) else 0

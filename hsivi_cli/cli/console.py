@@ -50,10 +50,12 @@ def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str,
     """Print a table as the result, to stdout."""
     table = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
     for name in header or tuple("" for _ in rows[0]):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    Console(file=sys.stdout, highlight=False).print(table)
+    # off a terminal a row is a line, however long, so that names and hashes can be searched for
+    width = None if sys.stdout.isatty() else 10_000
+    Console(file=sys.stdout, highlight=False, width=width).print(table)
 
 
 class Advance:

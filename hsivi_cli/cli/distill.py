@@ -1,5 +1,6 @@
 """`hsivi distill`: a pretrained score network into few-step students, without data."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,10 +45,12 @@ def distill(
         bool, typer.Option("--rollout-cache/--no-rollout-cache", help="Reuse a rollout for all critic steps.")
     ] = True,
     lr: Annotated[
-        float | None, typer.Option("--lr", min=0.0, help="Student's learning rate; default 1e-4, for sm 1.6e-5.")
+        float | None,
+        typer.Option("--lr", min=0.0, max=100.0, help="Student's rate; default 1e-4, for sm 1.6e-5."),
     ] = None,
     lr_critic: Annotated[
-        float | None, typer.Option("--lr-critic", min=0.0, help="Critic's learning rate; default 3e-4, for sm 8e-5.")
+        float | None,
+        typer.Option("--lr-critic", min=0.0, max=100.0, help="Critic's rate; default 3e-4, for sm 8e-5."),
     ] = None,
     lr_schedule: Annotated[str, typer.Option("--lr-schedule", help="cosine, exponential or constant.")] = "cosine",
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Student steps of linear warm-up.")] = 20,
@@ -140,7 +143,7 @@ def distill(
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
     else:
         console.result_line(str(out))
-    console.story(f"draw from it: hsivi sample {out} --nfe {nfes[0]}")
+    console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}")
 
 
 def _outputs(
@@ -181,5 +184,7 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
         console.result_json({"dry_run": report})
         return
     for row in report:
-        fields = [(name, str(value)) for name, value in row.items()]
-        console.result_table(f"NFE {row['nfe']}: nothing written", fields)
+        fields = [(name, str(value)) for name, value in row.items() if name not in ("memory_bytes", "total_seconds")]
+        fields += [("memory", f"{row['memory_bytes'] / 2**20:.0f} MiB")]
+        fields += [("expected total", f"{row['total_seconds'] / 60:.1f} minutes, previews not counted")]
+        console.result_table(f"Dry run for NFE {row['nfe']}", fields)

@@ -84,6 +84,8 @@ def evaluate(
     # extractor and reference come first: what is wrong with them is known before minutes of drawing
     extractor = _load_extractor(choice, weights, device, defaulted=features is None)
     known = open_reference(reference, extractor, (height, width, channels))
+    if isinstance(source, ImageSet) and num_samples is not None and len(source) < num_samples:
+        console.warn(f"-n {num_samples}: {samples} holds {len(source)} images only, all of them are used")
     if not isinstance(source, ImageSet):
         count = num_samples or DEFAULT_DRAWS
         drawn |= {"n": count, "seed": seed}

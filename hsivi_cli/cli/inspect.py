@@ -25,7 +25,7 @@ def inspect(
 
 def _rows(name: str, value: Any) -> list[tuple[str, str]]:
     """One row a fact; a nested object gets a row for each of its own."""
-    label = name.replace("_", " ")
+    label = name
     if isinstance(value, dict) and value:
         nested = [row for key, item in value.items() for row in _rows(f"{name}.{key}", item)]
         return [(label, ""), *nested] if not label.count(".") and len(nested) > 8 else nested

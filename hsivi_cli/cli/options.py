@@ -10,7 +10,7 @@ BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Samples a network call; the noise does not depend on it.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 leaves torch's choice.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, max=1024, help="CPU threads; 0 leaves torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Solver = Annotated[str | None, typer.Option("--solver", help="Sample a teacher: ddim, dpm++, unipc, deis or ddpm.")]
 Spacing = Annotated[

@@ -15,12 +15,12 @@ def train(
     out: options.OutDirectory,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Gradient steps.")] = 10000,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images a gradient step.")] = 128,
-    lr: Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate after warm-up; cosine decay.")] = 1e-3,
+    lr: Annotated[float, typer.Option("--lr", min=0.0, max=100.0, help="Rate after warm-up; cosine decay.")] = 1e-3,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps of linear warm-up.")] = 200,
     channels: Annotated[
         str, typer.Option("--channels", help="UNet widths from fine to coarse, as 16,32,64; default by image size.")
     ] = "",
-    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Residual blocks a level.")] = 1,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, max=16, help="Residual blocks a level.")] = 1,
     attention: Annotated[bool, typer.Option("--attention", help="Self-attention at the coarsest level.")] = False,
     schedule: Annotated[str, typer.Option("--schedule", help="Noise schedule: linear or cosine.")] = "linear",
     ema: Annotated[float, typer.Option("--ema", min=0.0, max=0.99999, help="Decay of the averaged weights.")] = 0.999,

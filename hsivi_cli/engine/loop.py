@@ -63,7 +63,9 @@ def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, ho
             metrics = method.step(state, hooks.batch(generator_now), generator_now)
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise RunError(f"diverged: {name} is {value} at step {state.step}; start again with a lower rate")
+                    raise RunError(
+                        f"diverged: {name} is {value} at step {state.step}; use a lower --lr and another --out"
+                    )
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
             at_end = state.step == config.steps

@@ -44,7 +44,7 @@ def plot_metrics(records: list[dict[str, Any]], names: tuple[str, ...], path: Pa
     figure = Figure(figsize=(7, 2.2 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False).flat, names, strict=True):
         points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2)
+        axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, marker="." if len(points) < 20 else "")
         axes.set_ylabel(name.replace("_", " "))
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")

@@ -18,10 +18,10 @@ def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if not occupied:
         return False
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory} exists and holds no run of ours: choose another --out")
     if not resume:
         raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
-    if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory} exists, but holds no run ({CONFIG} is missing): choose another --out")
     before = read_json(directory / CONFIG)
     changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
     if changed:

@@ -143,7 +143,8 @@ def draw_images(
     InputError for a seed above 63 bits, RunError if an image is not finite.
     """
     if first + n > 2**63 or seed >= 2**63:
-        raise InputError(f"--seed {seed} is too large: choose one below 2^63")
+        flag = f"--seed {seed}" if seed >= 2**63 else f"-n {n}"
+        raise InputError(f"{flag} is too large: choose a number below 2^63")
     for start in range(first, first + n, batch_size):
         indices = range(start, min(start + batch_size, first + n))
         images = to_uint8(_run(sampler, NoiseStreams(seed, indices), start))

@@ -18,6 +18,7 @@ from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.sampling import to_uint8
 
 PREVIEW_IMAGES = 64
+HEAD_WIDTH = 8  # of an attention head in UNet2DModel
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
@@ -29,6 +30,10 @@ def unet_arguments(
     halvings = 2 ** (len(channels) - 1)
     if height % halvings or width % halvings:
         raise InputError(f"--channels lists {len(channels)} levels, but {height}x{width} cannot be halved that often")
+    if min(channels) < 4:
+        raise InputError(f"--channels {','.join(map(str, channels))}: give widths of at least 4, better of 16")
+    if attention and channels[-1] % HEAD_WIDTH:
+        raise InputError(f"--attention needs a last width that {HEAD_WIDTH} divides, not {channels[-1]}")
     groups = math.gcd(32, *(width // 2 for width in channels))
     if groups < 2:
         raise InputError(f"--channels {','.join(map(str, channels))}: give multiples of 4, better of 16")

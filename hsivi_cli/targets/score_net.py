@@ -63,7 +63,9 @@ def load_score_net(path: Path, device: str = "cpu") -> ScoreNet:
         raise InputError(f"{path} does not exist: name a diffusers directory that holds unet/ and scheduler/")
     scheduler = path / "scheduler" / "scheduler_config.json"
     if not (path / "unet").is_dir() or not scheduler.is_file():
-        hint = "a run of hsivi distill is sampled without --solver" if (path / "hsivi.json").is_file() else "see README"
+        hint = "is it an unfinished run of hsivi train, or of hsivi distill?"
+        if (path / "hsivi.json").is_file():
+            hint = "it is a student: name its teacher"
         raise InputError(f"{path} is no score network: it needs unet/ and scheduler/scheduler_config.json ({hint})")
     config = read_json(scheduler)
     schedule = schedule_from_config(config, where=str(scheduler))

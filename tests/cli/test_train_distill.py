@@ -219,3 +219,21 @@ def test_training_data_that_does_not_fit(tmp_path, capsys):
     assert "--channels" in capsys.readouterr().err
     assert main(["train", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "t")]) == 2
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--channels", "0"], "--channels"),
+        (["--channels", "-16,32"], "--channels"),
+        (["--channels", "4,4", "--attention"], "--attention"),
+        (["--blocks", "9999"], "--blocks"),
+        (["--lr", "inf"], "--lr"),
+        (["--threads", "99999999"], "--threads"),
+    ],
+)
+def test_impossible_networks_are_refused_before_anything_is_written(tmp_path, capsys, arguments, what):
+    out = tmp_path / "t"
+    assert main(["train", "--data", "digits", "--out", str(out), *arguments]) == 2
+    assert what in capsys.readouterr().err
+    assert not out.exists()
