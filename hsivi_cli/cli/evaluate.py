@@ -61,6 +61,7 @@ def evaluate(
     clip: options.Clip = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
+    precision: options.SamplingPrecision = "fp32",
     device: options.Device = "auto",
     threads: options.Threads = 0,
     max_fid: Annotated[
@@ -78,6 +79,7 @@ def evaluate(
         raise InputError("--max-fid nan would let everything pass: name a number")
     device = options.resolve_device(device, threads)
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
+    solving["precision"] = options.check_precision(precision)
     source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
     choice = features or default_features((height, width, channels))
@@ -126,7 +128,7 @@ def _open_samples(
             drawn["teacher_fid"] = read_json(select_student(path, sampler.nfe) / DESCRIPTION).get("teacher_fid")
         return sampler, drawn
     for name, value in {"solver": solver, "nfe": nfe, **solving}.items():
-        if value is not None and value is not False:
+        if value not in (None, False, "fp32"):
             raise InputError(
                 f"--{name} is for models, and {samples} is no model's directory: leave it out, or name one"
             )

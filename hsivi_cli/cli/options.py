@@ -31,6 +31,9 @@ Order = Annotated[
 Clip = Annotated[
     bool, typer.Option("--clip/--no-clip", help="Solver: clamp the predicted image to [-1, 1] in every step.")
 ]
+SamplingPrecision = Annotated[
+    str, typer.Option("--precision", help="fp32, or bf16: the network in bfloat16, faster where the hardware has it.")
+]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 

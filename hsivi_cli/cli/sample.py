@@ -28,6 +28,7 @@ def sample(
     order: options.Order = None,
     clip: options.Clip = False,
     batch_size: options.BatchSize = 64,
+    precision: options.SamplingPrecision = "fp32",
     device: options.Device = "auto",
     threads: options.Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -45,7 +46,7 @@ def sample(
 
     device = options.resolve_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
-    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip)
+    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip, options.check_precision(precision))
     destination = open_destination(out, sampler.shape[0], force)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
     start = time.perf_counter()

@@ -37,6 +37,10 @@ class NoiseStreams:
     def __init__(self, seed: int, indices: Iterable[int]) -> None:
         self._streams = [np.random.Generator(np.random.Philox(key=np.array([seed, j], np.uint64))) for j in indices]
 
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self._streams)
+
     def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Float[Tensor, "n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32."""
         noise = np.empty((len(self._streams), *shape), np.float32)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
@@ -45,6 +46,7 @@ def open_sampler(
     device: str = "cpu",
     order: int | None = None,
     clip: bool = False,
+    precision: Precision = "fp32",
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
@@ -62,7 +64,7 @@ def open_sampler(
                 f"{path} holds students, --solver samples their teacher: name its directory, or drop --solver"
             )
         score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device)
-        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip)
+        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip, precision)
     for flag, given in (("--spacing", spacing is not None), ("--order", order is not None), ("--clip", clip)):
         if given:
             raise InputError(f"{flag} belongs to a solver: pass --solver too")
@@ -72,11 +74,11 @@ def open_sampler(
         )
     if path is None and nfe is None:
         nfe = DEFAULT_NFE
-    return student_sampler(load_student(select_student(path, nfe), device))
+    return student_sampler(load_student(select_student(path, nfe), device), precision)
 
 
-def student_sampler(student: Student) -> Sampler:
-    """The sampler of a distilled student."""
+def student_sampler(student: Student, precision: Precision = "fp32") -> Sampler:
+    """The sampler of a distilled student; the network computes in `precision`, the chain in float32."""
     description = {
         "kind": "student",
         "sha256": student.sha256,
@@ -84,10 +86,12 @@ def student_sampler(student: Student) -> Sampler:
         "nfe": student.nfe,
         "grid": list(student.grid),
         "eta": student.eta,
+        "precision": precision,
         "quantisation": QUANTISATION,
     }
     name = f"HSIVI student, NFE {student.nfe}"
-    return Sampler(name, student.nfe, student.shape, lambda noise: sample_student(student, noise), description)
+    run = lambda noise: sample_student(student, noise, precision)  # noqa: E731
+    return Sampler(name, student.nfe, student.shape, run, description)
 
 
 def solver_sampler(
@@ -97,6 +101,7 @@ def solver_sampler(
     spacing: str | None = None,
     order: int | None = None,
     clip: bool = False,
+    precision: Precision = "fp32",
 ) -> Sampler:
     """A diffusers solver on a score network; spacing and order default to the best on the shipped teacher.
 
@@ -116,13 +121,18 @@ def solver_sampler(
         "nfe": nfe,
         # a thousand times say nothing that the spacing does not
         "times": list(times) if nfe <= 50 else None,
+        "precision": precision,
         "quantisation": QUANTISATION,
     }
     device = next(score_net.unet.parameters()).device
 
+    def eps(x: Tensor, t: Tensor | int) -> Tensor:
+        with autocast(precision, device):
+            return score_net.eps(x, t).float()
+
     def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
         draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
-        return solve(score_net.eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
+        return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])
     return Sampler(f"{solver} ({', '.join(recipe)}), NFE {nfe}", nfe, score_net.shape, run, description)

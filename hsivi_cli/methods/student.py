@@ -16,6 +16,7 @@ from torch import Tensor
 
 import hsivi_cli
 from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
+from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
@@ -63,11 +64,18 @@ class Student:
 
 
 @torch.no_grad()
-def sample_student(student: Student, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+def sample_student(
+    student: Student, noise: NoiseStreams, precision: Precision = "fp32"
+) -> Float[Tensor, "n c h w"]:
     """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise."""
     device = next(student.unet.parameters()).device
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        with autocast(precision, device):
+            return student.unet(x, t).sample.float()
+
     return walk_chain(
-        lambda x, t: student.unet(x, t).sample,
+        eps,
         student.log_gamma.to(device),
         student.layers,
         lambda: noise.draw(student.shape, device),

@@ -1,0 +1,81 @@
+"""An unnormalised log density on R^d, the target of every posterior method, and what else a model can tell about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Batch = Float[Tensor, "n d"]
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """What checks of a fit need beyond the density: the response, and how the model would draw another.
+
+    `observed` has shape (N,); `simulate(z, generator)` draws one replicated response for each row of z, shape (n, N);
+    `log_likelihood(z)` is pointwise, shape (n, N). `prior(n, generator)` draws z from the prior, shape (n, d), None
+    where the prior is improper; `condition(response)` is the same posterior given another response of shape (N,).
+    """
+
+    observed: Float[Tensor, " N"]
+    simulate: Callable[[Batch, torch.Generator], Float[Tensor, "n N"]]
+    log_likelihood: Callable[[Batch], Float[Tensor, "n N"]] | None = None
+    prior: Callable[[int, torch.Generator], Batch] | None = None
+    condition: Callable[[Float[Tensor, " N"]], "Density"] | None = None
+
+
+def _as_z(z: Batch) -> dict[str, Tensor]:
+    return {"z": z}
+
+
+@dataclass(frozen=True)
+class Density:
+    """An unnormalised log density on R^`dim`, in float64, batched over rows.
+
+    `log_prob(z)` maps (n, d) to (n,) and includes the log Jacobian of every transform, and all normalisers, so that its
+    integral is the evidence. `gradient(z)` maps (n, d) to (n, d) and can itself be differentiated; leave it out to have
+    it from autograd. `constrain(z)` names what the user sees: {"beta": (n, 3), "sigma": (n,)}. `facts` are lines to
+    print (priors, guesses). `log_z` and `reference` are known truths of named examples: the log evidence, and a
+    sampler of exact draws.
+    """
+
+    name: str
+    dim: int
+    log_prob: Callable[[Batch], Float[Tensor, " n"]]
+    constrain: Callable[[Batch], dict[str, Float[Tensor, "n ..."]]] = _as_z
+    analytic_gradient: Callable[[Batch], Batch] | None = None
+    predictive: Predictive | None = None
+    facts: tuple[str, ...] = ()
+    log_z: float | None = None
+    exact_draws: Callable[[int, torch.Generator], Batch] | None = None
+    initial: Float[Tensor, " d"] | None = field(default=None)
+
+    def gradient(self, z: Batch) -> Batch:
+        """Gradient of `log_prob` at each row; differentiable once more where `z` asks for gradients."""
+        if self.analytic_gradient is not None:
+            return self.analytic_gradient(z)
+        graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            point = z if z.requires_grad else z.detach().requires_grad_(True)
+            return torch.autograd.grad(self.log_prob(point).sum(), point, create_graph=graph)[0]
+
+
+def column_names(values: dict[str, Float[Tensor, "n ..."]]) -> list[str]:
+    """Stan's names of every scalar, as `beta[1]`, `Sigma[2,1]`, `sigma`, in the order of `flatten_values`."""
+    names: list[str] = []
+    for name, value in values.items():
+        shape = value.shape[1:]
+        if not shape:
+            names.append(name)
+            continue
+        # row-major, counted from 1
+        for index in torch.cartesian_prod(*(torch.arange(1, size + 1) for size in shape)).reshape(-1, len(shape)):
+            names.append(f"{name}[{','.join(str(int(i)) for i in index)}]")
+    return names
+
+
+def flatten_values(values: dict[str, Float[Tensor, "n ..."]]) -> Float[Tensor, "n p"]:
+    """All named quantities side by side, one column a scalar, in the order of `column_names`."""
+    return torch.cat([value.reshape(len(value), -1) for value in values.values()], 1)
