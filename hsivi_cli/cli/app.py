@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import typer
 
 import hsivi_cli
-from hsivi_cli.cli import console, distill, env, evaluate, inspect, sample, train
+from hsivi_cli.cli import console, distill, env, evaluate, fit_posterior, inspect, sample, train
 from hsivi_cli.errors import HsiviError
 
 app = typer.Typer(
     name="hsivi",
-    help="Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it.",
+    help="Fast diffusion sampling and posterior fitting: distil score networks into few-step samplers, fit posteriors.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -22,6 +22,7 @@ app.command("train")(train.train)
 app.command("distill")(distill.distill)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
+app.command("fit-posterior")(fit_posterior.fit_posterior)
 app.command("inspect")(inspect.inspect)
 app.command("env")(env.env)
 
@@ -36,7 +37,7 @@ def _version(value: bool) -> None:
 def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Fast diffusion sampling: distil a score network into a few-step sampler, draw from it, measure it."""
+    """Fast diffusion sampling and posterior fitting: distil score networks into few-step samplers, fit posteriors."""
 
 
 def _drop_stdout() -> None:

@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
+
+from hsivi_cli.errors import RunError
 
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -28,34 +30,43 @@ def error(message: str) -> None:
     _stderr.print(f"error: {message}", markup=False, style="red")
 
 
+def stdout() -> TextIO:
+    """Where results go; raises RunError if the caller has closed it (`>&-`)."""
+    if sys.stdout is None:
+        raise RunError("stdout is closed: there is nowhere to print the result")
+    return sys.stdout
+
+
 def result_json(payload: dict[str, Any]) -> None:
     """Print one JSON object as the result, to stdout; not-a-number becomes null so that every parser reads it."""
-    sys.stdout.write(json.dumps(_finite(payload), allow_nan=False) + "\n")
-    sys.stdout.flush()
+    result_line(json.dumps(_finite(payload), allow_nan=False))
 
 
 def result_line(line: str) -> None:
     """Print one plain line of the result, to stdout."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    stdout().write(line + "\n")
+    stdout().flush()
 
 
-def result_bytes(data: bytes) -> None:
-    """Stream binary results to stdout."""
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+def result_bytes(data: bytes | memoryview) -> None:
+    """Stream binary results to stdout, all of them: an unbuffered stream (PYTHONUNBUFFERED) takes a part at a time."""
+    rest, stream = memoryview(data), stdout().buffer
+    while rest:
+        rest = rest[stream.write(rest) :]
+    stream.flush()
 
 
 def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] | None = None) -> None:
     """Print a table as the result, to stdout."""
+    on_terminal = stdout().isatty()
     table = Table(title=title, title_justify="left", show_header=header is not None, box=None, pad_edge=False)
     for name in header or tuple("" for _ in rows[0]):
-        table.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())
+        table.add_column(name, overflow="fold", no_wrap=not on_terminal)
     for row in rows:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     # off a terminal a row is a line, however long, so that names and hashes can be searched for
-    width = None if sys.stdout.isatty() else 10_000
-    Console(file=sys.stdout, highlight=False, width=width).print(table)
+    width = None if on_terminal else 10_000
+    Console(file=stdout(), highlight=False, width=width).print(table)
 
 
 class Advance:

@@ -85,7 +85,7 @@ def distill(
     """
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.errors import InputError
-    from hsivi_cli.io.run_directory import check_run, open_run
+    from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
     from hsivi_cli.methods.student import load_student
@@ -132,13 +132,14 @@ def distill(
         _report_cost(teacher, configs, as_json)
         return
     assert out is not None
-    if not open_run(out, plan, resume) and resume:
-        console.story(f"{out} holds no run yet: starting one")
-    start = init_from
-    for k, config in configs.items():
-        console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
-        distillation.distill(teacher, config, out, outputs, start)
-        start = distillation.student_directory(out, k) if warm_start else init_from
+    with run_directory(out, plan, resume) as had_run:
+        if resume and not had_run:
+            console.story(f"{out} holds no run yet: starting one")
+        start = init_from
+        for k, config in configs.items():
+            console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
+            distillation.distill(teacher, config, out, outputs, start)
+            start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
     else:

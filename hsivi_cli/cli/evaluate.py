@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.sampling import Sampler
 
 DEFAULT_DRAWS = 5_000
+INCEPTION_COLUMNS, DIGITS_COLUMNS = 2048 + 1008, 64 + 10  # features and logits of an image
 
 
 def evaluate(
@@ -67,13 +68,23 @@ def evaluate(
     max_fid: Annotated[
         float | None, typer.Option("--max-fid", min=0.0, help="Leave with exit code 3 above this FID.")
     ] = None,
+    record: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--record",
+            help="Write the FID of a teacher, drawn here with --solver, into this student, or into the students of "
+            "this run, to be shown beside theirs. Repeat it for more.",
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure images against a reference: FID, KID, inception score, precision and recall, with the protocol stated."""
+    from hsivi_cli.cli.drawing import draw_all
     from hsivi_cli.evaluation.metrics import extract_features
     from hsivi_cli.evaluation.reference import default_features, open_reference
     from hsivi_cli.evaluation.report import evaluation_report
-    from hsivi_cli.io.images import ImageSet
+    from hsivi_cli.io.capacity import check_memory
+    from hsivi_cli.io.images import ImageSet, image_set
 
     if max_fid is not None and math.isnan(max_fid):  # older Typers let it pass `min`
         raise InputError("--max-fid nan would let everything pass: name a number")
@@ -81,6 +92,7 @@ def evaluate(
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
     solving["precision"] = options.check_precision(precision)
     source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
+    students = _recordable(record, drawn)
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
     choice = features or default_features((height, width, channels))
     # extractor and reference come first: what is wrong with them is known before minutes of drawing
@@ -90,8 +102,12 @@ def evaluate(
         console.warn(f"-n {num_samples}: {samples} holds {len(source)} images only, all of them are used")
     if not isinstance(source, ImageSet):
         count = num_samples or DEFAULT_DRAWS
+        # beside the images, their features and logits are kept, in float32
+        row = height * width * channels + 4 * (INCEPTION_COLUMNS if extractor.name == "inception" else DIGITS_COLUMNS)
+        check_memory(f"-n {count}", count * row)
         drawn |= {"n": count, "seed": seed}
-        source = _draw(source, count, seed, batch_size, samples)
+        console.story(f"drawing {count} images with {source.name}, seed {seed}")
+        source = image_set(draw_all("drawing", source, count, seed, batch_size), samples)
     with console.progress("features of the samples", len(source)) as advance:
         found = extract_features(source, extractor, batch_size, device, advance)
     if isinstance(known, ImageSet):
@@ -99,11 +115,13 @@ def evaluate(
             target: Features | Statistics = extract_features(known, extractor, batch_size, device, advance)
     else:
         target = known
-    drawn["teacher_fid"] = _comparable(drawn.pop("teacher_fid", None), found.n, target, extractor)
-    report = evaluation_report(found, target, extractor, {k: v for k, v in drawn.items() if v is not None})
+    theirs = _comparable(drawn.pop("teacher_fid", None), found.n, target, extractor)
+    drawn |= {"teacher_fid": theirs} if theirs else {}
+    report = _beside_teacher(evaluation_report(found, target, extractor, drawn), theirs)
     for warning in report.warnings:
         console.warn(warning)
     _print(report, as_json)
+    _record(report, students)
     _gate(report, max_fid)
 
 
@@ -132,6 +150,8 @@ def _open_samples(
             raise InputError(
                 f"--{name} is for models, and {samples} is no model's directory: leave it out, or name one"
             )
+    if samples == "-" and sys.stdin is None:
+        raise InputError("'-' reads images from stdin, which is closed: pipe them in, or name a file")
     images = read_image_stream(sys.stdin.buffer, limit) if samples == "-" else read_images(samples, limit)
     if images.subset_of is None:
         return images, {}
@@ -156,21 +176,61 @@ def _load_extractor(choice: str, weights: Path | None, device: str, defaulted: b
     return extractor
 
 
-def _draw(sampler: "Sampler", count: int, seed: int, batch_size: int, source: str) -> "ImageSet":
-    import numpy as np
+def _beside_teacher(report: "EvaluationReport", theirs: dict[str, Any] | None) -> "EvaluationReport":
+    """The report with a line that divides the FID by the teacher's own, where that is known."""
+    from dataclasses import replace
 
-    from hsivi_cli.io.images import image_set
-    from hsivi_cli.methods.sampling import draw_images
+    from hsivi_cli.evaluation.metrics import Estimate
 
-    console.story(f"drawing {count} images with {sampler.name}, seed {seed}")
-    channels, height, width = sampler.shape
-    images = np.empty((count, height, width, channels), np.uint8)
-    with console.progress("drawing", count) as advance:
-        start = 0
-        for batch in draw_images(sampler, count, seed, batch_size, advance):
-            images[start : start + len(batch)] = batch
-            start += len(batch)
-    return image_set(images, source)
+    if theirs is None or report.fid.value is None or not theirs["value"] > 0:
+        return report
+    note = f"the teacher's own, {theirs['value']:.5g}, by {theirs.get('solver')} at NFE {theirs.get('nfe')}"
+    ratio = Estimate("fid_over_teacher", report.fid.value / theirs["value"], report.fid.n, note)
+    return replace(report, metrics=(*report.metrics, ratio))
+
+
+def _recordable(record: list[Path] | None, drawn: dict[str, Any]) -> list[Path]:
+    """The students that --record names; InputError, before anything is drawn, if they cannot take the figure."""
+    from hsivi_cli.io.files import asset
+    from hsivi_cli.methods.student import check_recordable, find_students
+
+    if not record:
+        return []
+    model = drawn.get("model", {})
+    if model.get("kind") != "solver":
+        raise InputError("--record writes what a teacher drew here: name its directory, --solver and --nfe")
+    students: list[Path] = []
+    for path in record:
+        root = asset("mnist") if path == Path("shipped") else path
+        here = list(find_students(root).values())
+        if not here:
+            raise InputError(f"--record {path} is no student and no run that holds one")
+        students += here
+    for student in students:
+        check_recordable(student, model["teacher_sha256"])
+    return students
+
+
+def _record(report: "EvaluationReport", students: list[Path]) -> None:
+    from hsivi_cli.methods.student import record_teacher_fid
+
+    if not students:
+        return
+    protocol = report.protocol
+    samples, model = protocol["samples"], protocol["samples"]["model"]
+    fields = {
+        "value": report.fid.value,
+        "n": report.fid.n,
+        "seed": samples["seed"],
+        "samples_sha256": samples["sha256"],
+    }
+    kept = ("solver", "nfe", "spacing", "order", "clip", "precision", "quantisation", "teacher_sha256")
+    fields |= {name: model[name] for name in kept}
+    fields |= {"reference_sha256": protocol["reference"]["sha256"]}
+    fields |= {"extractor_sha256": protocol["features"]["weights_sha256"], "versions": protocol["versions"]}
+    for student in students:
+        record_teacher_fid(student, fields)
+        console.story(f"recorded as the teacher's FID in {student}")
 
 
 def _print(report: "EvaluationReport", as_json: bool) -> None:

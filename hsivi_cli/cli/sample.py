@@ -1,6 +1,5 @@
 """`hsivi sample`: images from a student, or from a solver on its teacher."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -37,23 +36,24 @@ def sample(
     """Draw images from a student in a few network evaluations, or from its teacher with --solver."""
     if out == "-" and as_json:
         raise InputError("--out - and --json both want stdout: write to a file with --out")
-    if out == "-" and sys.stdout.isatty():
+    if out == "-" and console.stdout().isatty():
         raise InputError("--out - would print binary data on the terminal: pipe it, or name a file")
     import time
 
-    from hsivi_cli.io.samples import open_destination, write_samples
-    from hsivi_cli.methods.sampling import draw_images, open_sampler
+    from hsivi_cli.cli.drawing import draw_all
+    from hsivi_cli.io.samples import check_capacity, open_destination, write_samples
+    from hsivi_cli.methods.sampling import open_sampler
 
     device = options.resolve_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
     sampler = open_sampler(student, nfe, solver, spacing, device, order, clip, options.check_precision(precision))
     destination = open_destination(out, sampler.shape[0], force)
+    check_capacity(destination, n, sampler.shape)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
     start = time.perf_counter()
-    with console.progress("sampling", n) as advance:
-        batches = list(draw_images(sampler, n, seed, batch_size, on_batch=advance))
+    images = draw_all("sampling", sampler, n, seed, batch_size)
     seconds = time.perf_counter() - start
-    stream = write_samples(destination, batches)
+    stream = write_samples(destination, [images])
     console.story(f"drawn in {seconds:.2f} s, {n / seconds:.1f} images/s")
     if stream is not None:
         console.result_bytes(stream)

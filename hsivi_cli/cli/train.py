@@ -1,5 +1,6 @@
 """`hsivi train`: a small DDPM score network from images, for users without a checkpoint."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -37,6 +38,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train a small epsilon-predicting DDPM score network.
 
@@ -46,7 +48,7 @@ def train(
 
     from hsivi_cli.errors import InputError
     from hsivi_cli.io.images import read_images
-    from hsivi_cli.io.run_directory import open_run
+    from hsivi_cli.io.run_directory import run_directory
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods import ddpm, training
 
@@ -73,16 +75,19 @@ def train(
         device=device,
     )
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
-    had_run = open_run(out, training.resolved(config, source), resume)
-    if resume and not had_run:
-        console.story(f"{out} holds no run yet: starting one")
-    console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
-    with console.progress("training", steps) as advance:
+    with run_directory(out, training.resolved(config, source), resume) as had_run:
+        if resume and not had_run:
+            console.story(f"{out} holds no run yet: starting one")
+        console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
+        with console.progress("training", steps) as advance:
 
-        def on_log(record: dict[str, float]) -> None:
-            advance.to(record["step"])
-            rate = record["seconds_per_step"]
-            console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step")
+            def on_log(record: dict[str, float]) -> None:
+                advance.to(record["step"])
+                rate = record["seconds_per_step"]
+                console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step")
 
-        training.train(pixels, config, out, had_run, preview_every, write_grid, on_log)
-    console.result_line(str(out))
+            trained = training.train(pixels, config, out, had_run, preview_every, write_grid, on_log)
+    if as_json:
+        console.result_json({"out": str(out)} | asdict(trained))
+    else:
+        console.result_line(str(out))

@@ -22,9 +22,8 @@ from hsivi_cli.engine.contract import Method
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InterruptError, RunError
 from hsivi_cli.io.metrics_log import append_metrics, rewind_metrics
+from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_CHECKPOINTS = 300.0  # a slow step count must not cost more than five minutes of work
 
 
@@ -63,9 +62,7 @@ def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, ho
             metrics = method.step(state, hooks.batch(generator_now), generator_now)
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise RunError(
-                        f"diverged: {name} is {value} at step {state.step}; use a lower --lr and another --out"
-                    )
+                    raise RunError(f"diverged: {name} is {value} at step {state.step}: use a lower --lr")
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
             at_end = state.step == config.steps
@@ -80,7 +77,8 @@ def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, ho
                 sums, count = {}, 0
             overdue = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
             stopping = stop_requested()
-            if at_end or overdue or state.step % config.checkpoint_every == 0 or stopping:
+            # after a preview too: what it published must never be all that is left of a run
+            if at_end or previewing or overdue or state.step % config.checkpoint_every == 0 or stopping:
                 save_checkpoint(directory / CHECKPOINT, method.state_dict(state))
                 saved = time.monotonic()
             if stopping and not at_end:

@@ -1,47 +1,189 @@
-"""Run directories: a resolved configuration beside what the run writes, opened fresh or to be resumed."""
+"""Run directories: a resolved configuration beside what the run writes, opened fresh or to be resumed, by one process.
 
+A run that fails before it has anything to go on from leaves nothing behind, so that the same command works again.
+"""
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import read_json, sweep_temporaries, write_json
 
 CONFIG = "config.json"
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+ATTEMPTS = 100  # at a lock file that others remove under our hands
+_PREVIEW = re.compile(r"samples-\d+\.png")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
-    """Whether `directory` holds a run to be resumed; nothing is written.
+    """Whether `directory` holds a run to go on with; nothing is written.
 
-    Raises InputError if the directory is occupied and `resume` is not asked for, if it holds no run, or if the run's
-    configuration differs; the message names the first option that does.
+    Raises InputError if another process is writing it, if it is occupied and `resume` is not asked for, if it holds no
+    run, or if the run's configuration differs; the message names the first option that does. A run of the very same
+    configuration that was killed before its first checkpoint needs no `resume`: it has nothing to lose.
     """
-    occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    if not occupied:
+    if _occupied(directory):
+        check_free(directory)
+    return _check(directory, config, resume)
+
+
+def check_free(directory: Path) -> None:
+    """Raise InputError, naming the process, if one is writing the run in `directory`."""
+    with suppress(OSError), (directory / LOCK).open("rb") as file:
+        _flock(file.fileno(), fcntl.LOCK_SH, directory)
+
+
+@contextmanager
+def run_directory(directory: Path, config: dict[str, Any], resume: bool) -> Iterator[bool]:
+    """Hold `directory` for this process alone, with its resolved configuration in it; yields whether it held a run.
+
+    Temporaries that a killed process left behind are removed. When the body fails before a checkpoint or a product was
+    written, what is left of the run is removed with it; otherwise the error says how to go on. Raises InputError as
+    `check_run` does, or if the directory cannot be written.
+    """
+    check_run(directory, config, resume)
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        with lock_run(directory):
+            had_run = _check(directory, config, resume)  # again: now nobody else can change it
+            try:
+                if had_run:
+                    sweep_temporaries(directory)
+                else:
+                    _write_config(directory, config)
+                yield had_run
+            except BaseException as err:
+                _raise_helpful(err, directory, kept=not _clear(directory))
+                raise
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def lock_run(directory: Path) -> Iterator[None]:
+    """Be the only process that writes the run in `directory`, which is made if it is missing.
+
+    The lock belongs to the process and vanishes with it, however it ends; a lock file without its process is nothing.
+    Raises InputError, naming the process that has it, or if the directory cannot be written.
+    """
+    try:
+        handle = _acquire(directory)
+    except OSError as err:
+        raise InputError(f"cannot write to {directory} ({err.strerror}): choose another --out") from err
+    try:
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(directory: Path) -> int:
+    path = directory / LOCK
+    for _ in range(ATTEMPTS):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = -1
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            _flock(handle, fcntl.LOCK_EX, directory)
+            # between our opening and our locking, the last owner may have removed the file: then it locks nothing
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+        except FileNotFoundError:
+            pass  # the last owner removed the file, or the directory with it
+        except BaseException:
+            if handle >= 0:
+                os.close(handle)
+            raise
+        if handle >= 0:
+            os.close(handle)
+    raise InputError(f"{path} cannot be locked, it is replaced again and again: choose another --out")
+
+
+def _flock(handle: int, kind: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        owner = os.pread(handle, 20, 0).decode(errors="replace").strip()
+        who = f"process {owner}" if owner.isdigit() else "another process"
+        raise InputError(f"{directory} is in use by {who}: wait for it, stop it, or choose another --out") from err
+    except OSError as err:
+        if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system that has no locks
+            raise
+
+
+def _occupied(directory: Path) -> bool:
+    return directory.exists() and (not directory.is_dir() or any(path.name != LOCK for path in directory.iterdir()))
+
+
+def _check(directory: Path, config: dict[str, Any], resume: bool) -> bool:
+    if not _occupied(directory):
         return False
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} exists and holds no run of ours: choose another --out")
-    if not resume:
-        raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
     before = read_json(directory / CONFIG)
     changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
+    if not resume and (changed or not all(_is_litter(path, directory) for path in _files(directory))):
+        raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
     if changed:
         was, now = before.get(changed[0]), config.get(changed[0])
         raise InputError(f"--resume: {changed[0]} was {was!r}, now {now!r}: repeat the first command's options")
     return True
 
 
-def open_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
-    """Create `directory` with its resolved configuration, or accept a run to be resumed; returns whether it is one.
-
-    Temporaries that a killed process left behind are removed. Raises InputError as `check_run` does, or if the
-    directory cannot be written.
-    """
-    if check_run(directory, config, resume):
-        sweep_temporaries(directory)
-        return True
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / CONFIG, config)
     except OSError as err:
         raise InputError(f"cannot write to {directory} ({err.strerror}): choose another --out") from err
-    return False
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if not path.is_dir()]
+
+
+def _is_litter(path: Path, directory: Path) -> bool:
+    """Whether a file of a run is worth nothing without a checkpoint: its configuration, its log and its previews."""
+    temporary = any(part.startswith(".") and part.endswith(".tmp") for part in path.relative_to(directory).parts)
+    return temporary or path in (directory / CONFIG, directory / LOCK) or _logged(path.name)
+
+
+def _logged(name: str) -> bool:
+    return name == METRICS or _PREVIEW.fullmatch(name) is not None
+
+
+def _clear(directory: Path) -> bool:
+    """Remove a run that has nothing to go on from; returns whether it had nothing. No other file is ever touched."""
+    if not all(_is_litter(path, directory) for path in _files(directory)):
+        return False
+    with suppress(OSError):
+        sweep_temporaries(directory)
+        for path in _files(directory):
+            if path.name != LOCK:
+                path.unlink(missing_ok=True)
+        for path in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
+            path.rmdir()
+    return True
+
+
+def _raise_helpful(err: BaseException, directory: Path, kept: bool) -> None:
+    """Raise a failure again with how to go on, where it is one that the user is told in one line."""
+    way_on = f"; {directory} is kept: --resume goes on with it, another --out starts afresh" if kept else ""
+    if isinstance(err, OSError) and err.errno in _FULL:
+        where = err.filename or directory
+        raise RunError(f"the disk is full, {where} was not written: make room and try again{way_on}") from err
+    if kept and isinstance(err, RunError):
+        raise RunError(f"{err}{way_on}") from err

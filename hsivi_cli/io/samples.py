@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 
 from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.io.capacity import block_size, check_disk, check_memory
 from hsivi_cli.io.files import atomic_directory, atomic_file
 
 STREAM = "-"
@@ -58,24 +60,44 @@ def open_destination(out: str, channels: int, force: bool = False) -> Destinatio
     return Destination(kind, path, force)
 
 
-def write_samples(destination: Destination, batches: Iterable[UInt8[np.ndarray, "b h w c"]]) -> bytes | None:
+def check_capacity(destination: Destination, n: int, shape: tuple[int, int, int]) -> None:
+    """Raise InputError if `n` images of `shape` (C, H, W) cannot fit memory, or the disk they are to be written to."""
+    channels, height, width = shape
+    pixels = n * channels * height * width
+    copies, stored = 1, pixels  # a file of the whole array, written from where it lies
+    if destination.format == "stream":
+        copies = 2
+    elif destination.format == "grid":
+        stored = _grid_pixels(n, height, width) * channels
+        copies = 1 + math.ceil(4 * stored / pixels)  # the enlarged images, the picture, Pillow's and its PNG
+    check_memory(f"-n {n}", copies * pixels)
+    if destination.path is None:
+        return
+    if destination.format == "folder":
+        stored = n * block_size(destination.path.parent)
+    check_disk(f"-n {n}", stored, destination.path.parent)
+
+
+def write_samples(
+    destination: Destination, batches: Iterable[UInt8[np.ndarray, "b h w c"]]
+) -> bytes | memoryview | None:
     """Write all batches in one atomic step; a stream's bytes are returned instead, for the caller to send.
 
     Raises RunError if the disk is full and InputError if the place cannot be written; nothing half-written stays.
     """
     if destination.path is None:
-        return npy_bytes(np.concatenate(list(batches)))
+        return npy_bytes(_whole(batches))
     with _clear_errors(destination.path):
         if destination.format == "folder":
             with atomic_directory(destination.path, overwrite=destination.force) as directory:
                 _write_folder(directory, batches)
             return None
-        images = np.concatenate(list(batches))
+        images = _whole(batches)
         with atomic_file(destination.path) as temporary, temporary.open("wb") as file:
             if destination.format == "grid":
                 file.write(png_bytes(image_grid(images)))
             elif destination.format == "npy":
-                file.write(npy_bytes(images))
+                _write_npy(file, images)
             else:
                 np.savez(file, arr_0=images)
     return None
@@ -89,9 +111,7 @@ def write_grid(images: UInt8[np.ndarray, "n h w c"], path: Path) -> None:
 def image_grid(images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "rows columns c"]:
     """A near-square picture of all images, enlarged by a whole factor to at least 500 pixels wide, gaps of 2 pixels."""
     n, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    scale = max(1, math.ceil(GRID_WIDTH / (columns * width)))
+    columns, rows, scale = _grid_layout(n, width)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     cell_height, cell_width = height * scale + GRID_PADDING, width * scale + GRID_PADDING
     size = (rows * cell_height + GRID_PADDING, columns * cell_width + GRID_PADDING, channels)
@@ -112,11 +132,34 @@ def png_bytes(image: UInt8[np.ndarray, "h w c"]) -> bytes:
     return buffer.getvalue()
 
 
-def npy_bytes(images: UInt8[np.ndarray, "n h w c"]) -> bytes:
+def npy_bytes(images: UInt8[np.ndarray, "n h w c"]) -> memoryview:
     """An array in `.npy` format."""
     buffer = io.BytesIO()
-    np.save(buffer, images, allow_pickle=False)
-    return buffer.getvalue()
+    _write_npy(buffer, images)
+    return buffer.getbuffer()
+
+
+def _whole(batches: Iterable[UInt8[np.ndarray, "b h w c"]]) -> UInt8[np.ndarray, "n h w c"]:
+    """All batches in one array; a single one is not copied."""
+    parts = list(batches)
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+
+def _write_npy(file: BinaryIO | io.BufferedWriter, images: UInt8[np.ndarray, "n h w c"]) -> None:
+    """As `np.save`, without a copy in memory, and with the system's own error where the disk is full."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images))
+    file.write(images.data)
+
+
+def _grid_layout(n: int, width: int) -> tuple[int, int, int]:
+    """Columns, rows and enlargement of a grid of `n` images."""
+    columns = math.isqrt(n - 1) + 1
+    return columns, math.ceil(n / columns), max(1, math.ceil(GRID_WIDTH / (columns * width)))
+
+
+def _grid_pixels(n: int, height: int, width: int) -> int:
+    columns, rows, scale = _grid_layout(n, width)
+    return columns * (width * scale + GRID_PADDING) * rows * (height * scale + GRID_PADDING)
 
 
 def _write_folder(directory: Path, batches: Iterable[UInt8[np.ndarray, "b h w c"]]) -> None:

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from hsivi_cli.engine.loop import CHECKPOINT, METRICS
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
-from hsivi_cli.io.run_directory import CONFIG
+from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS
 from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
 from hsivi_cli.targets.score_net import load_score_net
 

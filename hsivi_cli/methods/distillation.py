@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
-from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
+from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
 from hsivi_cli.errors import InterruptError
+from hsivi_cli.io.files import read_json
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
+from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.sampling import to_uint8
-from hsivi_cli.methods.student import Student, load_student, save_student
+from hsivi_cli.methods.student import DESCRIPTION, TEACHER_FID, Student, load_student, save_student
 from hsivi_cli.targets.score_net import ScoreNet
 
 PREVIEW_IMAGES = 64
@@ -82,7 +84,8 @@ def distill(
     history = read_metrics(work / METRICS)
 
     def save(extra: dict[str, Any]) -> Student:
-        student = hsivi_sm.averaged_student(state, description | {"step": state.step} | extra)
+        extra = {"step": state.step} | _recorded(target, teacher.sha256) | extra
+        student = hsivi_sm.averaged_student(state, description | extra)
         save_student(student, target)
         return student
 
@@ -141,6 +144,13 @@ def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     fields.pop("device")
     return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
+
+
+def _recorded(student: Path, teacher_sha256: str) -> dict[str, Any]:
+    """What `record_teacher_fid` wrote into the student that is about to be replaced: it is about the teacher."""
+    fields = read_json(student / DESCRIPTION).get(TEACHER_FID) if (student / DESCRIPTION).is_file() else None
+    same = isinstance(fields, dict) and fields.get("teacher_sha256") == teacher_sha256
+    return {TEACHER_FID: fields} if same else {}
 
 
 def _diagnosed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

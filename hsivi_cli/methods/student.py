@@ -4,7 +4,10 @@ A student is a diffusers directory: `unet/` opens with plain `UNet2DModel.from_p
 holds the learned noise levels; `hsivi.json` holds the grid, eta, the schedule and where it all came from.
 """
 
+import contextlib
 import hashlib
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
+from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
 from hsivi_cli.targets.score_net import WEIGHTS, image_shape, load_unet
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
 
@@ -29,6 +33,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 DESCRIPTION = "hsivi.json"
 LOG_GAMMA = "log_gamma.safetensors"
+TEACHER_FID = "teacher_fid"
+# what a recorded FID of the teacher must say, and what kind of thing that is
+TEACHER_FID_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "value": (int, float),
+    "n": int,
+    "solver": str,
+    "nfe": int,
+    "teacher_sha256": str,
+    "reference_sha256": str,
+    "extractor_sha256": str,
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +79,7 @@ class Student:
 
 
 @torch.no_grad()
-def sample_student(
-    student: Student, noise: NoiseStreams, precision: Precision = "fp32"
-) -> Float[Tensor, "n c h w"]:
+def sample_student(student: Student, noise: NoiseStreams, precision: Precision = "fp32") -> Float[Tensor, "n c h w"]:
     """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise."""
     device = next(student.unet.parameters()).device
 
@@ -147,11 +160,45 @@ def load_student(path: Path, device: str = "cpu") -> Student:
 
 
 def student_sha256(path: Path) -> str:
-    """Hash of everything a student computes with: weights, noise levels and description."""
-    digest = hashlib.sha256()
-    for name in (f"unet/{WEIGHTS}", LOG_GAMMA, DESCRIPTION):
+    """Hash of everything a student computes with, and of nothing else: weights, noise levels, architecture and chain.
+
+    Where it came from and what was measured on it (paths, recipe, FIDs) is not part of it.
+    """
+    fields = read_json(path / DESCRIPTION)
+    architecture = {k: v for k, v in read_json(path / "unet" / "config.json").items() if not k.startswith("_")}
+    schedule = schedule_from_config(fields["schedule"], where=str(path / DESCRIPTION)).config
+    chain = [fields["nfe"], fields["grid"], fields["eta"], schedule]
+    digest = hashlib.sha256(json.dumps([chain, architecture], sort_keys=True).encode())
+    for name in (f"unet/{WEIGHTS}", LOG_GAMMA):
         digest.update((path / name).read_bytes())
     return digest.hexdigest()
+
+
+def check_recordable(student: Path, teacher_sha256: str) -> None:
+    """Raise InputError unless `student` is a student of this teacher that may be written to now."""
+    theirs = read_json(student / DESCRIPTION).get("teacher_sha256")
+    if theirs != teacher_sha256:
+        raise InputError(f"{student} is a student of another teacher ({theirs} in its {DESCRIPTION}): name its own")
+    check_free(student.parent)
+
+
+def record_teacher_fid(student: Path, fields: dict[str, Any]) -> None:
+    """Write the teacher's own FID into a student's description, as the figure to compare the student's own with.
+
+    `fields` is plain JSON with at least TEACHER_FID_FIELDS; `hsivi evaluate` shows it beside the student's FID where
+    `n` and both hashes of the protocol agree, so all of them must be those of the images that were measured. Whoever
+    calls this vouches for what the fields say about the images. Raises InputError for fields that are missing or
+    wrong, for a student of another teacher, and for a run that another process is writing.
+    """
+    for name, kind in TEACHER_FID_FIELDS.items():
+        if not isinstance(fields.get(name), kind) or isinstance(fields[name], bool):
+            raise InputError(f"the teacher's FID cannot be recorded: {name} is {fields.get(name)!r}")
+    if not (math.isfinite(fields["value"]) and fields["value"] >= 0):
+        raise InputError(f"the teacher's FID cannot be recorded: {fields['value']} is no distance")
+    check_recordable(student, fields["teacher_sha256"])
+    in_run = (student.parent / CONFIG).is_file()
+    with lock_run(student.parent) if in_run else contextlib.nullcontext():
+        write_json(student / DESCRIPTION, read_json(student / DESCRIPTION) | {TEACHER_FID: fields})
 
 
 def find_students(path: Path) -> dict[int, Path]:

@@ -2,24 +2,39 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import UInt8
 from torch import Tensor
 
-from hsivi_cli.engine.loop import CHECKPOINT, METRICS, Hooks, LoopConfig, resume, run_loop
+from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import atomic_directory, write_json
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
+from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.sampling import to_uint8
+from hsivi_cli.targets.score_net import score_net_sha256
 
 PREVIEW_IMAGES = 64
 HEAD_WIDTH = 8  # of an attention head in UNet2DModel
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: `loss` is the last one logged, `seconds` are this process's own."""
+
+    steps: int
+    seconds: float
+    loss: float | None
+    parameters: int
+    sha256: str
 
 
 def unet_arguments(
@@ -65,11 +80,12 @@ def train(
     preview_every: int,
     write_grid: Callable[[Any, Path], None],
     on_log: Callable[[dict[str, Any]], None],
-) -> None:
+) -> Trained:
     """Train to `config.steps`, with previews, checkpoints and loss curves, then publish the pipeline.
 
     `had_run` restores the last checkpoint first, if one was written; `write_grid(uint8 NHWC, path)` draws a preview.
     """
+    started = time.monotonic()
     state = ddpm.init(None, config)
     if had_run and (directory / CHECKPOINT).is_file():
         resume(ddpm, state, directory)
@@ -86,7 +102,15 @@ def train(
     loop = LoopConfig(config.steps, config.seed, log_every=50, checkpoint_every=500, preview_every=preview_every)
     run_loop(ddpm, state, loop, directory, hooks)
     publish(state, directory)
-    plot_metrics(read_metrics(directory / METRICS), ("loss", "grad_norm", "lr"), directory / "curves.png")
+    records = read_metrics(directory / METRICS)
+    plot_metrics(records, ("loss", "grad_norm", "lr"), directory / "curves.png")
+    return Trained(
+        steps=state.step,
+        seconds=time.monotonic() - started,
+        loss=records[-1]["loss"] if records else None,
+        parameters=sum(parameter.numel() for parameter in state.ema.parameters()),
+        sha256=score_net_sha256(directory / "unet", state.schedule),
+    )
 
 
 def publish(state: ddpm.DDPMState, directory: Path) -> None:

@@ -173,3 +173,87 @@ def test_shipped_statistics_belong_to_digits(capsys, tmp_path, array):
     code, out, _ = evaluate(capsys, array, "--reference", array, "--features", str(tmp_path / "mean.pt"), "--json")
     assert code == 0
     assert json.loads(out)["metrics"]["isc@80"] is None
+
+
+def test_precision_is_stated_and_moves_little(capsys, tiny_run):
+    found = {}
+    argv = (str(tiny_run), "--nfe", "3", "-n", "40", "--reference", "digits", "--json", "--precision")
+    for precision in ("fp32", "bf16"):
+        code, out, _ = evaluate(capsys, *argv, precision)
+        assert code == 0
+        found[precision] = json.loads(out)
+        assert found[precision]["protocol"]["samples"]["model"]["precision"] == precision
+    fids = [found[p]["metrics"]["fid@40"] for p in ("fp32", "bf16")]
+    assert fids[0] != fids[1]
+    assert fids[0] == pytest.approx(fids[1], rel=0.05)
+    code, out, err = evaluate(capsys, *argv, "fp8")
+    assert (code, out) == (2, "")
+    assert "--precision 'fp8' is unknown" in err
+
+
+def test_absurd_numbers_are_refused(capsys, tiny_run):
+    for n in ("10000000000000", "1" + "0" * 30):
+        code, out, err = evaluate(capsys, str(tiny_run), "--nfe", "3", "-n", n, "--reference", "digits")
+        assert (code, out) == (2, "")
+        assert f"-n {n} takes" in err
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(tiny_run, path)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+TEACHER = ("--solver", "ddim", "--nfe", "4", "-n", "9", "--reference", "digits", "--json")
+
+
+def test_a_recorded_teacher_stands_beside_its_students(capsys, tiny_teacher, run_copy):
+    """In both students of a run; the ratio is shown at the same N and against the same reference only."""
+    from hsivi_cli.methods.student import load_student
+
+    before = {nfe: load_student(run_copy / f"nfe{nfe}").sha256 for nfe in (3, 5)}
+    code, out, err = evaluate(capsys, str(tiny_teacher), *TEACHER, "--record", str(run_copy))
+    assert code == 0
+    teacher = json.loads(out)
+    assert err.count("recorded as the teacher's FID") == 2
+    assert not (run_copy / ".lock").exists()
+    student = (str(run_copy), "--nfe", "3", "--reference", "digits")
+    code, out, _ = evaluate(capsys, *student, "-n", "9", "--json")
+    assert code == 0
+    found = json.loads(out)
+    recorded = found["protocol"]["samples"]["teacher_fid"]
+    assert recorded["value"] == teacher["metrics"]["fid@9"]
+    assert (recorded["solver"], recorded["nfe"], recorded["n"], recorded["spacing"]) == ("ddim", 4, 9, "trailing")
+    assert recorded["samples_sha256"] == teacher["protocol"]["samples"]["sha256"]
+    ratio = found["metrics"]["fid@9"] / recorded["value"]
+    assert found["metrics"]["fid_over_teacher@9"] == pytest.approx(ratio)
+    assert "by ddim at NFE 4" in found["notes"]["fid_over_teacher@9"]
+    _, out, _ = evaluate(capsys, *student, "-n", "9")
+    assert "fid_over_teacher@9" in out
+    _, out, _ = evaluate(capsys, *student, "-n", "8", "--json")
+    assert "fid_over_teacher@8" not in json.loads(out)["metrics"]
+    # what was measured on a student does not change what it is
+    assert {nfe: load_student(run_copy / f"nfe{nfe}").sha256 for nfe in (3, 5)} == before
+
+
+def test_only_a_students_own_teacher_is_recorded(capsys, tiny_teacher, run_copy, teacher_copy, array, monkeypatch):
+    from hsivi_cli.cli import drawing
+    from hsivi_cli.io.run_directory import lock_run
+
+    monkeypatch.setattr(drawing, "draw_all", lambda *a: pytest.fail("drawn before the check"))
+    before = (run_copy / "nfe3" / "hsivi.json").read_text()
+
+    def refused(says, *argv):
+        code, out, err = evaluate(capsys, *argv)
+        assert (code, out) == (2, "")
+        assert says in err
+
+    refused("another teacher", str(teacher_copy(beta_end=0.03)), *TEACHER, "--record", str(run_copy / "nfe3"))
+    refused("no student", str(tiny_teacher), *TEACHER, "--record", "nowhere")
+    refused("--record writes", array, "--reference", "digits", "--record", str(run_copy))
+    refused("--record writes", str(run_copy), "--nfe", "3", "--reference", "digits", "--record", str(run_copy))
+    with lock_run(run_copy):
+        refused("in use", str(tiny_teacher), *TEACHER, "--record", str(run_copy))
+    assert (run_copy / "nfe3" / "hsivi.json").read_text() == before

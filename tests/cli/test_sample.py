@@ -1,6 +1,10 @@
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,3 +110,84 @@ def test_broken_student(tiny_student, tmp_path, capsys):
     shutil.copytree(tiny_student, student)
     (student / "hsivi.json").write_text("{")
     fails(capsys, 2, "hsivi.json", student, "--out", tmp_path / "a.png")
+
+
+def test_bf16_draws_nearly_the_same_images_and_says_so(tiny_student, tmp_path, capsys):
+    drawn = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / f"{precision}.npy"
+        argv = ["sample", str(tiny_student), "-n", "16", "--precision", precision, "--out", str(out), "--json"]
+        assert main(argv) == 0
+        assert json.loads(capsys.readouterr().out)["sampler"]["precision"] == precision
+        drawn[precision] = np.load(out).astype(int)
+    apart = np.abs(drawn["bf16"] - drawn["fp32"])
+    assert apart.max() > 0  # otherwise the option does nothing
+    assert apart.mean() < 2  # grey levels of 256; bf16 keeps 8 bits
+    # the noise is the same: another seed is far away
+    argv = ["sample", str(tiny_student), "-n", "16", "--seed", "1", "--out", str(tmp_path / "other.npy")]
+    assert main(argv) == 0
+    assert np.abs(np.load(tmp_path / "other.npy").astype(int) - drawn["fp32"]).mean() > 20
+    capsys.readouterr()
+    fails(capsys, 2, "--precision", tiny_student, "--precision", "fp16", "--out", tmp_path / "a.png")
+
+
+def test_bf16_reaches_a_solver_too(tiny_teacher, tmp_path, capsys):
+    argv = ["sample", str(tiny_teacher), "--solver", "ddim", "--nfe", "3", "-n", "2", "--precision", "bf16", "--json"]
+    assert main([*argv, "--out", str(tmp_path / "a.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["sampler"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("out", ["a.npy", "a.npz", "a.png", "folder", "-"])
+@pytest.mark.parametrize("n", [10**13, 2**63 - 1, 10**30])
+def test_absurd_numbers_are_refused_before_anything_is_drawn(out, n, tiny_student, tmp_path, monkeypatch, capsys):
+    from hsivi_cli.methods import sampling
+
+    monkeypatch.setattr(sampling, "draw_images", lambda *a, **k: pytest.fail("drawn"))
+    out = out if out == "-" else tmp_path / out
+    fails(capsys, 2, f"-n {n} takes", tiny_student, "-n", n, "--out", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_draws_say_how_long(tiny_student, tmp_path, monkeypatch, capsys):
+    from hsivi_cli.cli import drawing
+
+    argv = ["sample", str(tiny_student), "-n", "4", "--batch-size", "2"]
+    assert main([*argv, "--out", str(tmp_path / "a.npy")]) == 0
+    assert "in all" not in capsys.readouterr().err
+    monkeypatch.setattr(drawing, "LONG", 0.0)
+    assert main([*argv, "--out", str(tmp_path / "b.npy")]) == 0
+    assert "about 0 minutes in all, going by the first 2 images" in capsys.readouterr().err
+    # with one batch there is nothing left to announce
+    assert main(["sample", str(tiny_student), "-n", "4", "--out", str(tmp_path / "c.npy")]) == 0
+    assert "in all" not in capsys.readouterr().err
+
+
+def piped(tiny_student, n, out="-", **options):
+    """`hsivi sample` in a process of its own, with stderr and a pipe for stdout unless `options` say otherwise."""
+    argv = [sys.executable, "-m", "hsivi_cli", "sample", str(tiny_student), "-n", str(n), "--out", str(out)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(argv, **options)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_noticed(unbuffered, tiny_student):
+    """With PYTHONUNBUFFERED a write takes what the pipe holds and says so: the rest must not be dropped in silence."""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with piped(tiny_student, 4000, env=environment) as process:  # 256 KB, four times what a pipe holds
+        assert process.stdout.read1(1)
+        process.stdout.close()
+        story = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "Traceback" not in story
+    assert "drawn in" in story
+
+
+def test_a_closed_stdout_is_one_line(tiny_student, tmp_path):
+    for out in ("-", tmp_path / "a.npy"):
+        command = f'{sys.executable} -m hsivi_cli sample "$0" -n 1 --out "$1" >&-'
+        done = subprocess.run(
+            ["bash", "-c", command, tiny_student, str(out)], stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert re.search("^error: stdout is closed", done.stderr, re.M)
+        assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """The main job as a user runs it, small: train on the 8x8 digits, distil, stop and resume, and every wrong turn."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -52,6 +53,19 @@ def test_training_resumes_bit_exactly_and_refuses_other_options(teacher, tmp_pat
     assert main([*TRAIN, "--out", str(stopped), "--preview-every", "3", "--resume"]) == 0
     ours, straight = (load_file(p / "unet/diffusion_pytorch_model.safetensors") for p in (stopped, teacher))
     assert all(torch.equal(ours[name], straight[name]) for name in straight)
+
+
+def test_train_answers_in_json(tmp_path, capsys):
+    from hsivi_cli.targets.score_net import load_score_net
+
+    out = tmp_path / "t"
+    assert main([*TRAIN, "--preview-every", "0", "--out", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    teacher = load_score_net(out)
+    assert (result["out"], result["steps"], result["sha256"]) == (str(out), 6, teacher.sha256)
+    assert result["parameters"] == sum(p.numel() for p in teacher.unet.parameters())
+    assert result["loss"] == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"] > 0
+    assert result["seconds"] > 0
 
 
 def test_distill_writes_students_that_diffusers_opens(teacher, tmp_path, capsys):
@@ -237,3 +251,86 @@ def test_impossible_networks_are_refused_before_anything_is_written(tmp_path, ca
     assert main(["train", "--data", "digits", "--out", str(out), *arguments]) == 2
     assert what in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_first_run_that_fails_does_not_block_the_next(teacher, tmp_path, capsys):
+    """Diverged, or out of disk before the first checkpoint: the same command (or with a lower --lr) works again."""
+    import errno
+
+    from hsivi_cli.engine import loop
+    from hsivi_cli.io import samples
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    distil = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "4", "--batch", "4", "--warmup", "0"]
+    train = [*TRAIN, "--warmup", "0"]
+    for command in ([*distil, "--critic-steps", "1", "--preview-every", "2"], [*train, "--preview-every", "2"]):
+        out = tmp_path / command[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "append_metrics", full)
+            assert main([*command, "--out", str(out)]) == 1
+        assert "disk is full" in capsys.readouterr().err
+        assert not out.exists()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(samples, "png_bytes", full)
+            assert main([*command, "--out", str(out)]) == 1
+        assert "disk is full" in capsys.readouterr().err
+        assert not out.exists()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.math, "isfinite", lambda value: False)
+            assert main([*command, "--out", str(out)]) == 1
+        assert capsys.readouterr().err.strip().endswith("use a lower --lr")
+        assert not out.exists()
+        assert main([*command, "--out", str(out)]) == 0
+
+
+def test_a_late_failure_keeps_the_run_and_says_how_to_go_on(teacher, tmp_path, capsys):
+    from hsivi_cli.engine import loop
+
+    command = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "4", "--batch", "4"]
+    command += ["--critic-steps", "1", "--preview-every", "1", "--out", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        whole, calls = loop.append_metrics, []
+        patch.setattr(loop, "append_metrics", lambda *a: calls.append(1) or (whole(*a) if len(calls) < 3 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            main(command)
+    assert (tmp_path / "run" / "training" / "nfe2" / "checkpoint.safetensors").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.math, "isfinite", lambda value: False)
+        assert main([*command, "--resume"]) == 1
+    assert "step 3: use a lower --lr; " in (line := capsys.readouterr().err)
+    assert "--resume goes on" in line
+    assert "another --out" in line
+    assert main([*command, "--resume"]) == 0
+
+
+def test_two_processes_cannot_write_one_run(teacher, tmp_path, capsys):
+    from hsivi_cli.io.run_directory import lock_run
+
+    distil = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "1", "--batch", "4"]
+    for command in ([*distil, "--critic-steps", "1", "--preview-every", "0"], [*TRAIN, "--preview-every", "0"]):
+        out = tmp_path / command[0]
+        assert main([*command, "--out", str(out)]) == 0
+        capsys.readouterr()
+        with lock_run(out):
+            for more in ([], ["--resume"]):
+                assert main([*command, "--out", str(out), *more]) == 2
+                assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+        assert main([*command, "--out", str(out), "--resume"]) == 0
+
+
+def test_a_recorded_fid_of_the_teacher_survives_more_training(teacher, tmp_path):
+    from hsivi_cli.methods.student import load_student, record_teacher_fid
+    from hsivi_cli.targets.score_net import load_score_net
+
+    run = tmp_path / "run"
+    command = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "2", "--batch", "4"]
+    command += ["--critic-steps", "1", "--preview-every", "1", "--out", str(run)]
+    assert main(command) == 0
+    fields = {"value": 1.5, "n": 10, "solver": "ddpm", "nfe": 1000, "reference_sha256": "a", "extractor_sha256": "b"}
+    fields |= {"teacher_sha256": load_score_net(teacher).sha256}
+    record_teacher_fid(run / "nfe2", fields)
+    (run / "training" / "nfe2" / "checkpoint.safetensors").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert load_student(run / "nfe2").description["teacher_fid"] == fields

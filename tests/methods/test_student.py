@@ -8,7 +8,7 @@ import torch
 
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.methods.student import load_student, sample_student, save_student, select_student
+from hsivi_cli.methods.student import load_student, record_teacher_fid, sample_student, save_student, select_student
 
 
 @pytest.fixture
@@ -94,3 +94,59 @@ def test_a_run_offers_its_students(tiny_student, tmp_path):
         select_student(tmp_path / f"nfe{nfe}" / "unet", nfe)
     with pytest.raises(InputError, match="does not exist"):
         select_student(tmp_path / "none", nfe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"teacher": "/elsewhere", "started_from": "/tmp/x", "step": 9, "seed": 5, "hsivi_version": "9"}, True),
+        ({"teacher_fid": {"value": 1.0}, "preview_fid": {"value": 2.0}, "recipe": {"lr": 1}}, True),
+        ({"eta": 0.3}, False),
+        ({"grid": [0, 100, 300, 801]}, False),
+        ({"schedule": {"beta_schedule": "scaled_linear"}}, False),
+    ],
+)
+def test_the_hash_is_of_what_a_student_computes_with(copied, changes, same):
+    before = load_student(copied).sha256
+    schedule = json.loads((copied / "hsivi.json").read_text())["schedule"]
+    edit(copied, **changes | ({"schedule": schedule | changes["schedule"]} if "schedule" in changes else {}))
+    assert (load_student(copied).sha256 == before) == same
+
+
+def test_the_hash_follows_the_tensors_and_the_architecture(copied, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    found = {load_student(copied).sha256}
+    for name in ("log_gamma.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        tensors = load_file(copied / name)
+        first = next(iter(tensors))
+        (copied / name).unlink()
+        save_file(tensors | {first: tensors[first] + 1e-3}, copied / name)
+        found.add(load_student(copied).sha256)
+    config = json.loads((copied / "unet" / "config.json").read_text())
+    (copied / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-3}))
+    found.add(load_student(copied).sha256)
+    assert len(found) == 4
+    # who wrote the file is no part of the network
+    (copied / "unet" / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-3, "_diffusers_version": "0"}))
+    assert load_student(copied).sha256 in found
+
+
+MEASURED = {"value": 1.5, "n": 5000, "solver": "ddpm", "nfe": 1000, "reference_sha256": "a", "extractor_sha256": "b"}
+
+
+def test_a_teachers_fid_is_recorded_whole_or_not_at_all(copied):
+    fields = MEASURED | {"teacher_sha256": load_student(copied).description["teacher_sha256"], "source": "drawn.npy"}
+    for wrong in ({"value": float("nan")}, {"value": -1.0}, {"value": None}, {"n": "many"}, {"nfe": True}):
+        with pytest.raises(InputError, match="cannot be recorded"):
+            record_teacher_fid(copied, fields | wrong)
+    for missing in ("extractor_sha256", "solver"):
+        with pytest.raises(InputError, match=f"cannot be recorded: {missing}"):
+            record_teacher_fid(copied, {name: value for name, value in fields.items() if name != missing})
+    with pytest.raises(InputError, match="another teacher"):
+        record_teacher_fid(copied, fields | {"teacher_sha256": "c"})
+    assert "teacher_fid" not in load_student(copied).description
+    before = load_student(copied).description
+    record_teacher_fid(copied, fields)
+    assert load_student(copied).description == before | {"teacher_fid": fields}
+    assert [path.name for path in copied.parent.iterdir()] == ["student"]  # no lock where there is no run

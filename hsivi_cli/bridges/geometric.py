@@ -1,0 +1,108 @@
+"""The geometric bridge `log pi_k = (1 - b_k) log q + b_k log p` from a Gaussian q to a target, with learned `b_k`.
+
+Geffner & Domke 2023 (arXiv 2208.07743), section 3 and their released code for the schedule.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LOG_TWO_PI = math.log(2 * math.pi)
+MOST_INTERVALS = 32  # a schedule of more bridges than this is interpolated from 33 increments
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """`N(mean, diag(exp(2 log_scale)))`; both have shape (d,) and may want gradients."""
+
+    mean: Float[Tensor, " d"]
+    log_scale: Float[Tensor, " d"]
+
+    def draw(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Reparameterised draws from standard normal noise."""
+        return self.mean + self.log_scale.exp() * noise
+
+    def log_prob_of_noise(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """`log q(draw(noise))`; the mean cancels."""
+        return -0.5 * noise.square().sum(1) - self.log_scale.sum() - 0.5 * LOG_TWO_PI * noise.shape[1]
+
+    def log_prob(self, z: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Log density of each row."""
+        return self.log_prob_of_noise((z - self.mean) * (-self.log_scale).exp())
+
+    def gradient(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """Gradient of `log_prob`."""
+        return (self.mean - z) * (-2 * self.log_scale).exp()
+
+
+def increment_count(bridges: int) -> int:
+    """How many increments the schedule of this many bridges has."""
+    return min(bridges, MOST_INTERVALS) + 1
+
+
+def schedule(increments: Float[Tensor, " g"], bridges: int) -> Float[Tensor, " k"]:
+    """`b_1 < ... < b_K` in (0, 1) from positive increments; equal increments give `k / (K + 1)`.
+
+    The normalised cumulative sums of the increments are the values at equidistant knots; `b_k` is their linear
+    interpolation at `k / (K + 1)`. Up to 32 bridges the knots are those points. Raises ValueError unless there are
+    `increment_count(bridges)` increments.
+    """
+    if increments.shape != (increment_count(bridges),):
+        raise ValueError(f"{bridges} bridges need {increment_count(bridges)} increments, not {tuple(increments.shape)}")
+    cumulative = increments.cumsum(0) / increments.sum()
+    if bridges <= MOST_INTERVALS:
+        return cumulative[:-1]
+    values = torch.cat([torch.zeros_like(cumulative[:1]), cumulative])
+    place = torch.arange(1, bridges + 1, dtype=increments.dtype) * len(cumulative) / (bridges + 1)
+    below = place.floor().clamp(max=len(cumulative) - 1)
+    left = below.long()
+    return torch.lerp(values[left], values[left + 1], place - below)
+
+
+Rows = Float[Tensor, "n d"]
+Gradient = Callable[[Rows], Rows]
+Linearised = tuple[Rows, Gradient]
+
+
+def linearise_by_autograd(gradient: Gradient) -> Callable[[Rows], Linearised]:
+    """What `GeometricBridge.linearise` wants, for any differentiable gradient."""
+
+    def at(z: Rows) -> Linearised:
+        with torch.enable_grad():
+            point = z.detach().requires_grad_(True)
+            value = gradient(point)
+        return value.detach(), lambda v: torch.autograd.grad(value, point, v, retain_graph=True)[0]
+
+    return at
+
+
+@dataclass(frozen=True)
+class GeometricBridge:
+    """The bridges 1 .. K between `reference` and the density whose gradient is `target_gradient`.
+
+    `target_gradient` maps (n, d) to (n, d) and can be differentiated once more. `linearise(z)` is that gradient at z
+    without a graph, and the product `v -> H v` with the target's Hessian at each row of z.
+    """
+
+    reference: DiagonalGaussian
+    target_gradient: Gradient
+    betas: Float[Tensor, " k"]
+    linearise: Callable[[Rows], Linearised]
+
+    def gradient(self, k: int, z: Rows) -> Rows:
+        """`g_k = (1 - b_k) grad log q + b_k grad log p` at z, k counted from 0."""
+        return torch.lerp(self.reference.gradient(z), self.target_gradient(z), self.betas[k])
+
+
+def geometric_bridge(
+    reference: DiagonalGaussian,
+    target_gradient: Gradient,
+    betas: Float[Tensor, " k"],
+    linearise: Callable[[Rows], Linearised] | None = None,
+) -> GeometricBridge:
+    """A bridge whose Hessian products come from autograd unless `linearise` is given."""
+    return GeometricBridge(reference, target_gradient, betas, linearise or linearise_by_autograd(target_gradient))

@@ -1,0 +1,263 @@
+"""`hsivi fit-posterior`: draws, a summary and an honest verdict, from a table and a formula or from a user's model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsivi_cli.cli import console, options
+from hsivi_cli.errors import GateError, InputError
+
+if TYPE_CHECKING:
+    from hsivi_cli.evaluation.calibration import SbcResult
+    from hsivi_cli.io.draw_files import DrawDestination
+    from hsivi_cli.methods.posterior import Fit, Posterior
+    from hsivi_cli.methods.posterior_registry import FitOptions
+    from hsivi_cli.methods.posterior_report import PosteriorReport
+    from hsivi_cli.targets.density import Density
+
+METHODS = (
+    "auto",
+    "vi",
+    "ula",
+    "mcd",
+    "uha",
+    "ldvi",
+    "uha-em",
+    "ldvi-em",
+    "cmcd",
+    "hsivi-lb",
+    "hsivi-sm",
+)
+
+
+def fit_posterior(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="CSV, TSV or parquet table, '-' for CSV on stdin; with --model also .json."),
+    ] = None,
+    formula: Annotated[
+        str | None,
+        typer.Option(
+            "--formula",
+            "-f",
+            help="As 'y ~ x1 + log(x2) + (1|group)'. Default: the last column on all others.",
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            help="gaussian, bernoulli, binomial, poisson, negative-binomial or student-t. Default: guessed.",
+        ),
+    ] = None,
+    prior: Annotated[
+        list[str] | None,
+        typer.Option("--prior", help="As 'b=normal(0,10)', 'Intercept=flat', 'sigma=half_cauchy(2.5)'; may repeat."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Your Python file that defines model(data) -> hsivi_cli.Model; it is run."),
+    ] = None,
+    example: Annotated[str | None, typer.Option("--example", help="A named example, or 'list' to see them.")] = None,
+    na: Annotated[str, typer.Option("--na", help="Rows with missing values: error or drop.")] = "error",
+    method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = "auto",
+    covariance: Annotated[
+        str, typer.Option("--covariance", help="Of --method vi: full-rank or mean-field.")
+    ] = "full-rank",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
+    bridges: Annotated[
+        int | None, typer.Option("--bridges", min=1, max=4096, help="Bridges K of a Langevin method.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, max=256, help="Layers of an HSIVI method.")] = None,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="Train HSIVI layers one after another instead of jointly.")
+    ] = False,
+    lr: Annotated[float | None, typer.Option("--lr", min=1e-12, max=100.0, help="Learning rate.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's parameterisation, on the raw coordinates, unwhitened.")
+    ] = False,
+    draws: Annotated[int, typer.Option("--draws", "-n", min=10, help="Posterior draws.")] = 4000,
+    refine: Annotated[
+        str,
+        typer.Option(
+            "--refine",
+            help="none, hmc (moves from the fit's draws), smc (tempered from its Gaussian), or auto: where k-hat asks.",
+        ),
+    ] = "auto",
+    sbc: Annotated[
+        int, typer.Option("--sbc", min=0, help="Simulation-based calibration with this many refits (0: none).")
+    ] = 0,
+    out: Annotated[
+        str | None, typer.Option("--out", help="draws.csv, .nc (ArviZ), .parquet, or - for CSV on stdout.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Directory that keeps the fit for hsivi sample.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted --save run: same options plus this.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="fit.png: ELBO trace, marginals, pairs.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fit a posterior and say whether to trust it (exit code 3: do not).
+
+    Examples: hsivi fit-posterior kidiq.csv --formula "kid_score ~ mom_iq + mom_hs"; hsivi fit-posterior --example
+    eight-schools; hsivi fit-posterior data.csv --model my_model.py --save FIT.
+    """
+    from hsivi_cli.targets.source import Source, check_source, open_density, read_source
+
+    if example == "list":
+        _list_examples(as_json)
+        return
+    options.check_choice("--method", method, METHODS)
+    options.check_choice("--covariance", covariance, ("full-rank", "mean-field"))
+    options.check_choice("--refine", refine, ("auto", "none", "hmc", "smc"))
+    options.check_choice("--na", na, ("error", "drop"))
+    if out == "-" and as_json:
+        raise InputError("--out - and --json both want stdout: write to a file with --out")
+    if resume and save is None:
+        raise InputError("--resume needs the --save directory of the interrupted run")
+    source = Source(data, formula, family, tuple(prior or ()), model, example, na)
+    check_source(source)
+    from hsivi_cli.evaluation.posterior_plot import check_plot_path
+    from hsivi_cli.io.draw_files import open_draws
+    from hsivi_cli.methods.posterior import draw_posterior
+    from hsivi_cli.methods.posterior_registry import FitOptions, check_options
+    from hsivi_cli.methods.posterior_report import report_on
+    from hsivi_cli.methods.posterior_store import fit_directory, save_fit
+
+    settings = FitOptions(
+        method=method,
+        covariance=covariance,
+        steps=steps,
+        bridges=bridges,
+        layers=layers,
+        layerwise=layerwise,
+        lr=lr,
+        paper=paper,
+        refine=refine,
+        seed=seed,
+    )
+    check_options(settings)
+    options.resolve_device("cpu", threads)
+    destination = open_draws(out, None, force) if out else None
+    if plot is not None:
+        check_plot_path(plot, force)
+    table = read_source(source)
+    density = open_density(source, table)
+    for fact in density.facts:
+        console.story(fact)
+    with fit_directory(save, source, table, settings, draws, resume) as directory:
+        posterior_fit = _fit(density, settings, directory, resume)
+        calibration = _calibrate(density, settings, sbc) if sbc else None
+        posterior = draw_posterior(posterior_fit, draws, seed)
+        report = report_on(posterior_fit, posterior, calibration, seed)
+        if save is not None:
+            save_fit(directory, posterior_fit, source, table, report)
+    if plot is not None:
+        _plot(plot, posterior_fit, posterior, calibration, report)
+    show(report, posterior, destination, as_json, {"out": out, "save": str(save) if save else None})
+
+
+def show(
+    report: "PosteriorReport",
+    posterior: "Posterior",
+    destination: "DrawDestination | None",
+    as_json: bool,
+    also: dict[str, Any],
+) -> None:
+    """Write the draws, print the result, and leave with exit code 3 where the draws are not to be used."""
+    from hsivi_cli.io.draw_files import write_draws
+
+    stream = None
+    if destination is not None:
+        note = f"{report.method}, {report.route}; {report.verdict.line}"
+        stream = write_draws(
+            destination, posterior.columns, posterior.values, posterior.log_approx, posterior.log_prob, note=note
+        )
+    if stream is not None:
+        console.result_bytes(stream)
+    elif as_json:
+        console.result_json(report.to_json() | also)
+    else:
+        _print(report)
+    if report.verdict.level == "no":
+        raise GateError(report.verdict.line)
+    if stream is not None:
+        console.story(report.verdict.line)
+
+
+def _fit(density: "Density", settings: "FitOptions", directory: Path, resume: bool) -> "Fit":
+    from hsivi_cli.methods.posterior import fit_posterior as run
+
+    def on_log(record: dict[str, Any]) -> None:
+        if record["step"] % max(1, record["steps"] // 10) == 0 or record["step"] == record["steps"]:
+            milliseconds = 1000 * record["seconds_per_step"]
+            line = f"{record['method']} step {record['step']:>6}/{record['steps']}  elbo {record['elbo']:10.3f}"
+            console.story(f"{line}  {milliseconds:.1f} ms/step")
+
+    return run(density, settings, directory, on_log, resume)
+
+
+def _calibrate(density: "Density", settings: "FitOptions", replications: int) -> "SbcResult":
+    import tempfile
+
+    from hsivi_cli.methods.posterior_report import calibrate
+
+    with (
+        tempfile.TemporaryDirectory(prefix="hsivi-") as directory,
+        console.progress("calibration", replications) as bar,
+    ):
+        return calibrate(density, settings, replications, Path(directory), bar.to)
+
+
+def _plot(
+    path: Path, fit: "Fit", posterior: "Posterior", calibration: "SbcResult | None", report: "PosteriorReport"
+) -> None:
+    from hsivi_cli.evaluation.posterior_plot import Trace, plot_fit, plot_sbc
+
+    trace = Trace([step for step, _ in fit.trace], [elbo for _, elbo in fit.trace]) if fit.trace else None
+    plot_fit(path, posterior.columns, posterior.values.numpy(), trace, title=report.verdict.line)
+    console.story(f"picture: {path}")
+    if calibration is not None:
+        beside = path.with_name(f"{path.stem}-sbc{path.suffix}")
+        plot_sbc(beside, calibration)
+        console.story(f"calibration: {beside}")
+
+
+def _print(report: "PosteriorReport") -> None:
+    header = ("parameter", "mean", "sd", "5%", "50%", "95%", "ess", "mcse")
+    rows = []
+    for row in report.summary:
+        figures = (row.mean, row.sd, row.q5, row.q50, row.q95)
+        rows.append((row.name, *(f"{figure:.4g}" for figure in figures), f"{row.ess:.0f}", f"{row.mcse:.2g}"))
+    how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC", "hmc": "HMC moves"}[report.route]
+    console.result_table(f"{report.n} draws: {report.method}, corrected by {how}", rows, header)
+    console.result_line("")
+    facts = []
+    if report.khat is not None:
+        facts.append(f"k-hat {report.khat:.2f}")
+    if report.elbo is not None:
+        facts.append(f"ELBO {report.elbo:.3f} ({report.elbo_se:.2g})")
+    if report.log_z is not None:
+        facts.append(f"log Z {report.log_z:.3f} ({report.log_z_se:.2g})")
+    if report.modes > 1:
+        facts.append(f"{report.modes} modes")
+    if report.predictive is not None:
+        facts.append("predictive p: " + ", ".join(f"{c.name} {c.p:.2f}" for c in report.predictive.statistics))
+    if report.calibration is not None:
+        found = report.calibration
+        facts.append(f"calibration: {found.replications} refits, {'passed' if found.passed else 'failed'}")
+    console.result_line("; ".join(facts))
+    console.result_line(report.verdict.line)
+
+
+def _list_examples(as_json: bool) -> None:
+    from hsivi_cli.targets.examples import EXAMPLES
+
+    if as_json:
+        console.result_json(dict(EXAMPLES))
+    else:
+        console.result_table("Examples", list(EXAMPLES.items()))

@@ -1,0 +1,255 @@
+"""From a density to draws that one can judge: a Gaussian start, a method in whitened coordinates, weights, refinement.
+
+`--method auto` trains nothing: it takes the full-rank Gaussian of the start, corrected by its importance weights where
+they are good, and otherwise tempers from it to the target by SMC with HMC moves. Every other method is trained, and its
+draws are corrected in the same two ways.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from hsivi_cli.engine import loop
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
+from hsivi_cli.io.draws import Draws
+from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
+from hsivi_cli.methods.laplace import Mode, find_mode, require_proper
+from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
+from hsivi_cli.methods.refine import Refined, refine, tempered_smc
+from hsivi_cli.targets.density import Density, column_names, flatten_values
+from hsivi_cli.targets.whiten import whiten
+
+GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
+ENOUGH = 0.25  # effective share of the pilot's draws below which auto tempers
+PILOT = 1000
+AUTO = "gaussian"  # the start itself, untrained
+MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
+DRAW_SEED = 0x5EED  # draws come from streams of their own, not from those of the training seed
+
+
+@dataclass
+class Fit:
+    """A fitted approximation: `method` on `white`, the density in the coordinates of the Gaussian `start`.
+
+    `route` says how draws are corrected: "weights", "hmc" or "smc". `modes` counts the modes that were found.
+    """
+
+    density: Density
+    options: FitOptions
+    method: str
+    start: GaussianFit
+    state: Any
+    route: str = "weights"
+    modes: int = 1
+    trace: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def module(self) -> Any:
+        """The method's module, with the verbs of `engine.contract`; the start itself has none."""
+        return POSTERIOR_METHODS[self.method].module
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Equally weighted draws of the named quantities, and the evidence for them.
+
+    `values` has shape (n, p), a column a scalar; `log_approx` and `log_prob` are in the unconstrained coordinates.
+    `weights` are the raw draws' (None without), `refined` what moves did; `ess` is the number of independent draws
+    these n are worth.
+    """
+
+    columns: tuple[str, ...]
+    values: Float64[Tensor, "n p"]
+    z: Float64[Tensor, "n d"]
+    log_prob: Float64[Tensor, " n"]
+    log_approx: Float64[Tensor, " n"] | None
+    ess: float
+    weights: Smoothed | None
+    refined: Refined | None
+    route: str
+    note: str
+
+
+def fit_posterior(
+    density: Density,
+    options: FitOptions,
+    directory: Path,
+    on_log: Callable[[dict[str, Any]], None] = lambda record: None,
+    resume: bool = False,
+) -> Fit:
+    """Fit by the method that the options name; training writes its log and checkpoint into `directory`.
+
+    Raises InputError for options that mean nothing or an improper posterior, RunError where training diverges.
+    """
+    check_options(options)
+    start, modes = _start(density, options)
+    fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
+    fit.modes = modes
+    if fit.method != AUTO:
+        _train(fit, directory, on_log, resume)
+    pilot = _weights(_raw(fit, PILOT, options.seed))
+    fit.route = _route(options, pilot, modes)
+    return fit
+
+
+def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
+    """n draws by the fit's route; `seed` names them, other seeds give independent ones."""
+    if fit.route == "smc":
+        refined = tempered_smc(fit.density, fit.start, n, seed)
+        return _posterior(fit, refined.draws, refined.ess, None, refined)
+    raw = _raw(fit, n, seed)
+    weights = _weights(raw)
+    if fit.route == "hmc":
+        refined = refine(fit.density, raw, seed)
+        return _posterior(fit, refined.draws, refined.ess, weights, refined)
+    share = max(weights.ess / n, 1 / MOST_WALKS)
+    if share < 0.9:
+        raw = _raw(fit, math.ceil(n / share), seed)
+        weights = _weights(raw)
+    rows = resample(weights.log_weight, n, torch.Generator().manual_seed(seed))
+    return _posterior(fit, _taken(raw, rows), min(weights.ess, float(n)), weights, None)
+
+
+def state_tree(fit: Fit) -> dict[str, Any]:
+    """Everything that `restore` needs but the density: tensors and plain JSON."""
+    return {
+        "method": fit.method,
+        "route": fit.route,
+        "modes": fit.modes,
+        "location": fit.start.location,
+        "scale_tril": fit.start.scale_tril,
+        "start_elbo": [fit.start.elbo, fit.start.elbo_se],
+        "state": {} if fit.method == AUTO else fit.module.state_dict(fit.state),
+        "trace": [list(point) for point in fit.trace],
+    }
+
+
+def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
+    """The fit that `state_tree` came from, on the same density."""
+    elbo, elbo_se = tree["start_elbo"]
+    start = GaussianFit(tree["location"], tree["scale_tril"], elbo, elbo_se, "full-rank")
+    fit = _init(density, options, tree["method"], start)
+    if fit.method != AUTO:
+        fit.module.load_state_dict(fit.state, tree["state"])
+    fit.route, fit.modes = tree["route"], tree["modes"]
+    fit.trace = [(int(step), float(value)) for step, value in tree["trace"]]
+    return fit
+
+
+def _start(density: Density, options: FitOptions) -> tuple[GaussianFit, int]:
+    """The Gaussian whose coordinates the method works in, and the number of modes; `--paper` works in the raw ones."""
+    zero, one = torch.zeros(density.dim, dtype=torch.float64), torch.eye(density.dim, dtype=torch.float64)
+    if options.paper:
+        return GaussianFit(zero, one, math.nan, math.nan, "full-rank"), 1
+    mode = find_mode(density, seed=options.seed)
+    require_proper(mode, density)
+    if len(mode.others):
+        return _over_modes(mode), 1 + len(mode.others)
+    return fit_gaussian(density, "full-rank", mode, options.seed), 1
+
+
+def _over_modes(mode: Mode) -> GaussianFit:
+    """The Gaussian with the moments of equal bumps at all modes found, each with the curvature of the highest."""
+    points = torch.cat([mode.location[None], mode.others])
+    centred = points - points.mean(0)
+    covariance = mode.scale_tril @ mode.scale_tril.T + centred.T @ centred / len(points)
+    return GaussianFit(points.mean(0), torch.linalg.cholesky(covariance), math.nan, math.nan, "full-rank")
+
+
+def _init(density: Density, options: FitOptions, method: str, start: GaussianFit) -> Fit:
+    if method == AUTO:
+        return Fit(density, options, method, start, None)
+    entry = POSTERIOR_METHODS[method]
+    target = _white(density, start) if entry.whitened else density
+    return Fit(density, options, method, start, entry.module.init(target, entry.configure(options, target)))
+
+
+def _white(density: Density, start: GaussianFit) -> Density:
+    white = whiten(density, start.location, start.scale_tril)
+    return replace(white, initial=None)  # the start is the origin now
+
+
+def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], resume: bool) -> None:
+    steps = fit.state.config.steps
+    directory.mkdir(parents=True, exist_ok=True)
+    if resume and (directory / loop.CHECKPOINT).is_file():
+        loop.resume(fit.module, fit.state, directory)
+    else:
+        (directory / loop.METRICS).unlink(missing_ok=True)
+
+    def log(record: dict[str, Any]) -> None:
+        fit.trace.append((record["step"], record["elbo"]))
+        on_log(record | {"method": fit.method, "steps": steps})
+
+    # a step takes milliseconds: checkpoints come by the clock and at the end
+    config = loop.LoopConfig(steps, fit.options.seed, log_every=max(1, steps // 100), checkpoint_every=2**62)
+    loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log))
+
+
+def _raw(fit: Fit, n: int, seed: int) -> Draws:
+    """n draws of the method itself, in the density's own coordinates."""
+    noise = NoiseStreams(seed ^ DRAW_SEED, range(n))
+    with torch.no_grad():
+        if fit.method == AUTO:
+            z = fit.start.draw(noise.draw((fit.density.dim,)).double())
+            log_prob, log_approx = fit.density.log_prob(z), fit.start.log_prob(z)
+            return Draws(z, log_prob, log_prob - log_approx, log_approx, "full-rank Gaussian")
+        draws: Draws = fit.module.sample(fit.state, noise)
+    if not POSTERIOR_METHODS[fit.method].whitened:
+        return draws
+    log_det = fit.start.scale_tril.diagonal().log().sum()
+    return replace(
+        draws,
+        z=fit.start.draw(draws.z),
+        log_prob=draws.log_prob - log_det,
+        log_approx=None if draws.log_approx is None else draws.log_approx - log_det,
+    )
+
+
+def _weights(raw: Draws) -> Smoothed:
+    """Pareto-smoothed weights; a semi-implicit method's rest on its own estimate of its density."""
+    if raw.log_weight is not None:
+        return smooth_weights(raw.log_weight)
+    if raw.log_approx is None:
+        raise InputError("the method gives neither weights nor a density: nothing can be checked")
+    return smooth_weights(raw.log_prob - raw.log_approx)
+
+
+def _route(options: FitOptions, pilot: Smoothed, modes: int) -> str:
+    if options.refine in ("hmc", "smc"):
+        return options.refine
+    if options.refine == "none":
+        return "weights"
+    poor = modes > 1 or pilot.khat > USABLE_KHAT
+    if options.method == "auto":
+        poor = poor or pilot.khat > GOOD_KHAT or pilot.ess < ENOUGH * pilot.n
+    return "smc" if poor else "weights"
+
+
+def _taken(draws: Draws, rows: Tensor) -> Draws:
+    approx = draws.log_approx
+    return replace(
+        draws,
+        z=draws.z[rows],
+        log_prob=draws.log_prob[rows],
+        log_weight=None,
+        log_approx=None if approx is None else approx[rows],
+    )
+
+
+def _posterior(fit: Fit, draws: Draws, ess: float, weights: Smoothed | None, refined: Refined | None) -> Posterior:
+    with torch.no_grad():
+        named: dict[str, Float[Tensor, "n ..."]] = fit.density.constrain(draws.z)
+    columns = tuple(column_names(named))
+    values = flatten_values(named).double()
+    return Posterior(
+        columns, values, draws.z, draws.log_prob, draws.log_approx, ess, weights, refined, fit.route, draws.note
+    )

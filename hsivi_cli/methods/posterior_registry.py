@@ -1,0 +1,96 @@
+"""Every posterior method by the name that `--method` knows, and the configuration that the user's options make."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.methods import gaussian_vi, hsivi_lb, hsivi_sm_posterior, langevin_vi
+from hsivi_cli.targets.density import Density
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the user asked for; None leaves a choice to the method. Plain JSON, so that a fit can keep it."""
+
+    method: str = "auto"
+    covariance: str = "full-rank"
+    steps: int | None = None
+    bridges: int | None = None
+    layers: int | None = None
+    layerwise: bool = False
+    lr: float | None = None
+    paper: bool = False
+    refine: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PosteriorMethod:
+    """A module with the verbs of `engine.contract`, its configuration for a density, and the options it takes."""
+
+    module: Any
+    configure: Callable[[FitOptions, Density], Any]
+    takes: frozenset[str]
+    whitened: bool = True
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _gaussian(options: FitOptions, density: Density) -> gaussian_vi.Config:
+    chosen = _given(steps=options.steps, lr=options.lr)
+    return gaussian_vi.Config(
+        covariance=options.covariance,  # type: ignore[arg-type]
+        seed=options.seed,
+        from_mode=not options.paper,
+        **chosen,
+    )
+
+
+def _langevin(kind: langevin_vi.Kind) -> Callable[[FitOptions, Density], langevin_vi.Config]:
+    def configure(options: FitOptions, density: Density) -> langevin_vi.Config:
+        defaults: dict[str, Any] = {"steps": 150_000, "lr": 1e-3} if options.paper else {"steps": 1000, "lr": 3e-3}
+        chosen = defaults | _given(steps=options.steps, lr=options.lr, bridges=options.bridges)
+        return langevin_vi.Config(kind=kind, paper=options.paper, seed=options.seed, **chosen)
+
+    return configure
+
+
+def _hsivi(config: type) -> Callable[[FitOptions, Density], Any]:
+    def configure(options: FitOptions, density: Density) -> Any:
+        chosen = _given(steps=options.steps, lr=options.lr, layers=options.layers)
+        if options.paper:
+            chosen["residual"] = False
+        return config(seed=options.seed, training="layerwise" if options.layerwise else "joint", **chosen)
+
+    return configure
+
+
+_PATH = frozenset({"steps", "lr", "bridges"})
+_LAYERED = frozenset({"steps", "lr", "layers", "layerwise"})
+
+POSTERIOR_METHODS: dict[str, PosteriorMethod] = {
+    "vi": PosteriorMethod(gaussian_vi, _gaussian, frozenset({"steps", "lr", "covariance"}), whitened=False),
+    **{kind: PosteriorMethod(langevin_vi, _langevin(kind), _PATH) for kind in langevin_vi.KINDS if kind != "vi"},
+    "hsivi-lb": PosteriorMethod(hsivi_lb, _hsivi(hsivi_lb.Config), _LAYERED),
+    "hsivi-sm": PosteriorMethod(hsivi_sm_posterior, _hsivi(hsivi_sm_posterior.Config), _LAYERED),
+}
+_FLAGS = {"steps": None, "lr": None, "bridges": None, "layers": None, "layerwise": False, "covariance": "full-rank"}
+
+
+def check_options(options: FitOptions) -> None:
+    """Refuse a method that is not there and options that the method would ignore; raises InputError."""
+    if options.method == "auto":
+        taken: frozenset[str] = frozenset()
+        if options.paper:
+            raise InputError("--paper belongs to one method: name it with --method")
+    elif options.method in POSTERIOR_METHODS:
+        taken = POSTERIOR_METHODS[options.method].takes
+    else:
+        raise InputError(f"--method {options.method!r} is unknown: choose auto or {', '.join(POSTERIOR_METHODS)}")
+    for name, default in _FLAGS.items():
+        if getattr(options, name) != default and name not in taken:
+            takers = [method for method, entry in POSTERIOR_METHODS.items() if name in entry.takes]
+            raise InputError(f"--{name} does nothing for --method {options.method}: it belongs to {', '.join(takers)}")

@@ -1,0 +1,137 @@
+"""What a fit says of itself: the summary, the checks, and the one line of the verdict."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.evaluation.calibration import SbcResult, run_sbc
+from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
+from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
+from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
+from hsivi_cli.methods.posterior import Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior_registry import FitOptions
+from hsivi_cli.targets.density import Density, column_names, flatten_values
+
+SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
+MOST_RESPONSES = 20_000  # of a predictive check; a million rows would take longer than the fit
+
+
+@dataclass(frozen=True)
+class PosteriorReport:
+    """Everything that is printed. `elbo`, `log_z` and `khat` are None where the method has none."""
+
+    method: str
+    route: str
+    n: int
+    summary: list[ParameterSummary]
+    verdict: Verdict
+    ess: float
+    khat: float | None
+    elbo: float | None
+    elbo_se: float | None
+    log_z: float | None
+    log_z_se: float | None
+    modes: int
+    predictive: PredictiveCheck | None
+    calibration: SbcResult | None
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: what a script wants to read."""
+        fields: dict[str, Any] = {"method": self.method, "correction": self.route, "n": self.n}
+        fields |= {"verdict": {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}}
+        fields |= {"ess": self.ess, "khat": self.khat, "elbo": self.elbo, "elbo_se": self.elbo_se}
+        fields |= {"log_z": self.log_z, "log_z_se": self.log_z_se, "modes": self.modes, "note": self.note}
+        fields["parameters"] = {row.name: {k: v for k, v in asdict(row).items() if k != "name"} for row in self.summary}
+        if self.predictive is not None:
+            fields["predictive_p"] = {check.name: check.p for check in self.predictive.statistics}
+        if self.calibration is not None:
+            passed, found = self.calibration.passed, self.calibration
+            fields["sbc"] = {"passed": passed, "replications": found.replications, "failing": list(found.failing)}
+            fields["sbc"]["p_values"] = dict(zip(found.columns, map(float, found.p_values), strict=True))
+        return fields
+
+
+def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, seed: int) -> PosteriorReport:
+    """Summarise the draws and judge them."""
+    refined, raw = posterior.refined, posterior.weights
+    ess = posterior.ess
+    summary = summarise(posterior.columns, posterior.values, ess=ess)
+    weights = Weights(raw.khat, raw.ess, approximate=fit.method.startswith("hsivi")) if raw is not None else None
+    moves = None
+    if refined is not None:
+        weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
+        moves = Moves(ess=refined.ess, rhat=refined.r_hat, acceptance=refined.acceptance, memory=refined.memory)
+    predictive = _predictive(fit.density, posterior, seed)
+    non_finite = int((~posterior.values.isfinite().all(1)).sum()) + (raw.non_finite if raw is not None else 0)
+    verdict = judge(len(posterior.values), weights, moves, predictive, calibration, non_finite)
+    return PosteriorReport(
+        method=fit.method,
+        route=fit.route,
+        n=len(posterior.values),
+        summary=summary,
+        verdict=verdict,
+        ess=ess,
+        khat=raw.khat if raw is not None else None,
+        elbo=raw.elbo if raw is not None else None,
+        elbo_se=raw.elbo_se if raw is not None else None,
+        log_z=refined.log_z if refined is not None else raw.log_z if raw is not None else None,
+        log_z_se=refined.log_z_se if refined is not None else raw.log_z_se if raw is not None else None,
+        modes=fit.modes,
+        predictive=predictive,
+        calibration=calibration,
+        note=posterior.note,
+    )
+
+
+def calibrate(
+    density: Density,
+    options: FitOptions,
+    replications: int,
+    directory: Path,
+    on_refit: Callable[[int], object] | None = None,
+) -> SbcResult:
+    """Simulation-based calibration of the whole fit on the model's own prior.
+
+    Raises InputError where the model has an improper prior or cannot simulate.
+    """
+    predictive = density.predictive
+    if predictive is None or predictive.condition is None:
+        raise InputError("--sbc needs a model that simulates its response: see Model(simulate=...)")
+    if predictive.prior is None:
+        raise InputError("--sbc needs proper priors: replace the flat ones, or drop --sbc")
+    condition = predictive.condition
+
+    def refit(response: Float[Tensor, " N"], draws: int, replication: int) -> Float[Tensor, "draws d"]:
+        again = replace(options, seed=options.seed + replication + 1)
+        fit = fit_posterior(condition(response), again, directory)
+        # more draws than asked for, thinned: resampled draws may repeat
+        posterior = draw_posterior(fit, 8 * draws, again.seed)
+        return posterior.z[::8][:draws]
+
+    def named(z: Float[Tensor, "n d"], response: Float[Tensor, " N"]) -> Float[Tensor, "n p"]:
+        return flatten_values(density.constrain(z)).double()
+
+    columns = _columns(density)
+    generator = torch.Generator().manual_seed(options.seed)
+    return run_sbc(
+        predictive.prior, predictive.simulate, refit, replications, SBC_DRAWS, generator, columns, named, on_refit
+    )
+
+
+def _columns(density: Density) -> list[str]:
+    return column_names(density.constrain(torch.zeros(1, density.dim, dtype=torch.float64)))
+
+
+def _predictive(density: Density, posterior: Posterior, seed: int) -> PredictiveCheck | None:
+    found = density.predictive
+    if found is None:
+        return None
+    limit = max(50, min(1000, MOST_RESPONSES * 1000 // max(len(found.observed), 1)))
+    return check_predictive(posterior.z, found.observed, found.simulate, torch.Generator().manual_seed(seed), limit)

@@ -1,0 +1,91 @@
+"""Fits on disk: a run directory with the options, the source and its data, the trained state, and the report."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.errors import HsiviError, InputError
+from hsivi_cli.io.files import read_json, sha256, write_json
+from hsivi_cli.io.run_directory import CONFIG, run_directory
+from hsivi_cli.methods.posterior import Fit, restore, state_tree
+from hsivi_cli.methods.posterior_registry import FitOptions
+from hsivi_cli.methods.posterior_report import PosteriorReport
+from hsivi_cli.targets.source import Source, load_source, open_density, read_source, save_source
+
+KIND = "posterior"
+STATE = "fit.safetensors"
+REPORT = "report.json"
+
+
+@contextmanager
+def fit_directory(
+    save: Path | None, source: Source, data: Any, options: FitOptions, draws: int, resume: bool
+) -> Iterator[Path]:
+    """The directory that a fit is kept in, held for this process alone, or a temporary one that vanishes.
+
+    Raises InputError as `run_directory` does: if it is occupied, or the options of a resumed run differ.
+    """
+    if save is None:
+        with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
+            yield Path(directory)
+        return
+    config = {"kind": KIND, "draws": draws, **asdict(options), "source": _source_facts(source, data)}
+    try:
+        with run_directory(save, config, resume):
+            yield save
+    except HsiviError as err:  # run directories are named by --out elsewhere
+        raise type(err)(str(err).replace("--out", "--save")) from err
+
+
+def save_fit(directory: Path, fit: Fit, source: Source, data: Any, report: PosteriorReport) -> None:
+    """Write what `load_fit` needs: the source with its data, the trained state, and the report beside it."""
+    save_source(directory, source, data)
+    write_json(directory / REPORT, report.to_json())
+    save_checkpoint(directory / STATE, state_tree(fit))
+
+
+def is_fit(path: Path) -> bool:
+    """Whether a directory is a run of `hsivi fit-posterior`."""
+    config = path / CONFIG
+    return config.is_file() and read_json(config).get("kind") == KIND
+
+
+def load_fit(path: Path, model: str | None = None) -> Fit:
+    """A saved fit; `model` is the user's model file, where it was fitted with one.
+
+    Raises InputError if the fit was interrupted, is damaged, or was made from another model file.
+    """
+    config = read_json(path / CONFIG)
+    if not (path / STATE).is_file():
+        raise InputError(f"{path} holds an unfinished fit: go on with its command and --resume")
+    source = load_source(path, model)
+    density = open_density(source, read_source(source))
+    fields = {name: config[name] for name in FitOptions.__dataclass_fields__ if name in config}
+    return restore(density, FitOptions(**fields), load_checkpoint(path / STATE))
+
+
+def _source_facts(source: Source, data: Any) -> dict[str, Any]:
+    """What must stay the same for a run to be resumed; paths may change, contents may not."""
+    facts: dict[str, Any] = asdict(source) | {"data": None, "model": None, "priors": list(source.priors)}
+    if source.model:
+        facts["model"] = sha256(Path(source.model))
+    if data is not None:
+        facts["data"] = _data_sha256(data)
+    return facts
+
+
+def _data_sha256(data: Any) -> str:
+    import json
+
+    import pandas
+
+    if isinstance(data, pandas.DataFrame):
+        digest = hashlib.sha256(json.dumps([str(name) for name in data.columns]).encode())
+        digest.update(pandas.util.hash_pandas_object(data, index=False).to_numpy().tobytes())
+        return digest.hexdigest()
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()

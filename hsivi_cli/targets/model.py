@@ -1,0 +1,207 @@
+"""A user's own model: named parameters, a log prior and a log likelihood in plain torch, written for one draw.
+
+Everything a user's function sees is on the constrained scale. The transforms, their Jacobians, the batching over draws
+(torch.func.vmap) and the derivatives are ours.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.targets.density import Batch, Density, Predictive
+from hsivi_cli.targets.model_calls import as_double, as_scalar, call_sample_prior, call_simulate, describe, user_code
+from hsivi_cli.targets.model_checks import Report, check_model
+from hsivi_cli.targets.supports import Parameter, Params, constrain_all, unconstrain_all
+
+__all__ = ["Model", "Parameter", "density_of"]
+
+CHUNK_ENTRIES = 20_000_000
+"""Draws are evaluated in chunks of about so many float64 entries, however many are asked for."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a user's `model(data)` returns; every function is written for ONE draw `p` of the parameters.
+
+    `p["mu"]` or `p.mu` is a float64 tensor of that parameter's shape, on its support.
+
+    - `log_prior(p)`: a scalar, the log density on the constrained scale (no Jacobian). 0.0 means flat.
+    - `log_likelihood(p)`: a scalar, or a vector with one value per observation. With two arguments it is called as
+      `log_likelihood(p, observed)`, and the model can be given other responses, as `--sbc` needs.
+    - `generated(p)`: a dict of further quantities to report.
+    - `observed`, `simulate(p, generator)`: the response (N,), and one replicated response, for predictive
+    - `sample_prior(generator)`: a dict with one prior draw of every parameter, for `--sbc`.
+
+    In the last two, torch.distributions' own `.sample()` is seeded too. Raises InputError for what cannot be a model.
+    """
+
+    parameters: Sequence[Parameter]
+    log_prior: Callable[[Any], Any]
+    log_likelihood: Callable[..., Any]
+    generated: Callable[[Any], Mapping[str, Any]] | None = None
+    simulate: Callable[[Any, torch.Generator], Any] | None = None
+    sample_prior: Callable[[torch.Generator], Mapping[str, Any]] | None = None
+    observed: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the fields and turn `observed` into a float64 vector."""
+        listed = isinstance(self.parameters, list | tuple) and len(self.parameters) > 0
+        if not listed or not all(isinstance(parameter, Parameter) for parameter in self.parameters):
+            raise InputError("Model: parameters must be a list with one Parameter(...) at least")
+        object.__setattr__(self, "parameters", tuple(self.parameters))
+        names = [parameter.name for parameter in self.parameters]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"Model: two parameters are called {twice[0]!r}: give each its own name")
+        for field in ("log_prior", "log_likelihood", "generated", "simulate", "sample_prior"):
+            value = getattr(self, field)
+            if not callable(value) and (value is not None or field.startswith("log_")):
+                raise InputError(f"Model: {field} must be a function, not {type(value).__name__}")
+        if self.observed is not None:
+            try:
+                observed = torch.as_tensor(self.observed).detach().double()
+            except (TypeError, ValueError, RuntimeError):
+                raise InputError("Model: observed must be a tensor of numbers") from None
+            if observed.ndim != 1 or not bool(torch.isfinite(observed).all()):
+                shape = tuple(observed.shape)
+                raise InputError(f"Model: observed must be a vector of finite numbers, its shape is {shape}")
+            object.__setattr__(self, "observed", observed)
+        if self.takes_response and self.observed is None:
+            raise InputError("Model: log_likelihood(p, y) takes the response: give it as observed=...")
+
+    @cached_property
+    def takes_response(self) -> bool:
+        """Whether `log_likelihood` takes the response as its second argument."""
+        return _required_arguments(self.log_likelihood) == 2
+
+    def prior_term(self, p: Params) -> Any:
+        """`log_prior` of one draw, as the user returns it."""
+        return self.log_prior(p)
+
+    def likelihood_term(self, p: Params) -> Any:
+        """`log_likelihood` of one draw, as the user returns it."""
+        return self.log_likelihood(p, self.observed) if self.takes_response else self.log_likelihood(p)
+
+
+def _required_arguments(function: Callable[..., Any]) -> int:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins without a signature
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def density_of(model: Model, name: str = "model", report: Report | None = None) -> Density:
+    """The posterior of `model` as a density over its unconstrained coordinates, in the order of the parameters.
+
+    Without the `report` of an earlier check the model is tried at a few points first: InputError, with the line at
+    fault where it is known, for what raises, has a wrong shape, is NaN, is not differentiable, or looks improper.
+    Raises RunError where the user's code raises later.
+    """
+    report = report or check_model(model, name)
+    parameters = tuple(model.parameters)
+
+    def one(values: dict[str, Tensor]) -> Tensor:
+        p = Params(values)
+        prior, likelihood = as_scalar(model.prior_term(p)), as_scalar(model.likelihood_term(p))
+        return prior + likelihood
+
+    def batched(function: Callable[[Any], Any], values: dict[str, Tensor], width: int) -> Any:
+        return run_batched(function, values, width, report.vmap, name, (model.log_prior, model.log_likelihood))
+
+    def log_prob(z: Batch) -> Float[Tensor, " n"]:
+        values, log_jacobian = constrain_all(parameters, z)
+        return batched(one, values, report.observations) + log_jacobian
+
+    def constrain(z: Batch) -> dict[str, Tensor]:
+        values, _ = constrain_all(parameters, z)
+        if model.generated is None:
+            return values
+        with torch.no_grad():
+            more = run_batched(_generated(model), values, 1, report.vmap_generated, name, (model.generated,))
+        return values | more
+
+    return Density(
+        name,
+        sum(parameter.size for parameter in parameters),
+        log_prob,
+        constrain,
+        predictive=_predictive(model, name, report),
+        facts=(f"priors: as log_prior of {name} has them", *report.facts),
+    )
+
+
+def _generated(model: Model) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    assert model.generated is not None
+    generated = model.generated
+    return lambda values: {key: as_double(value) for key, value in generated(Params(values)).items()}
+
+
+def run_batched(
+    function: Callable[[dict[str, Tensor]], Any],
+    values: dict[str, Tensor],
+    width: int,
+    vmap: bool,
+    name: str,
+    blamed: tuple[Callable[..., Any], ...],
+) -> Any:
+    """`function` of every draw, by vmap or draw by draw; `width` entries a draw decide the chunks.
+
+    Raises RunError, naming the line of the user's file, where the user's code raises.
+    """
+    draws = len(next(iter(values.values())))
+    try:
+        with user_code(validate=False):
+            if vmap and draws:
+                chunk = max(1, CHUNK_ENTRIES // max(width, 1))
+                return torch.func.vmap(function, chunk_size=chunk if chunk < draws else None)(values)
+            rows = [function({key: value[i] for key, value in values.items()}) for i in range(draws)]
+    except Exception as err:
+        raise RunError(f"{name} failed at a draw: {describe(err, *blamed)}") from err
+    if rows and isinstance(rows[0], dict):
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+
+def _predictive(model: Model, name: str, report: Report) -> Predictive | None:
+    """What the model says about its response, as far as it says it."""
+    if model.observed is None or model.simulate is None:
+        return None
+    parameters, observed, simulate = tuple(model.parameters), model.observed, model.simulate
+
+    def replicate(z: Batch, generator: torch.Generator) -> Float[Tensor, "n N"]:
+        values, _ = constrain_all(parameters, z)
+        rows = []
+        for i in range(len(z)):
+            p = Params({key: value[i].detach() for key, value in values.items()})
+            rows.append(call_simulate(simulate, p, generator, len(observed), name))
+        return torch.stack(rows)
+
+    def log_likelihood(z: Batch) -> Float[Tensor, "n N"]:
+        values, _ = constrain_all(parameters, z)
+        pointwise = lambda row: as_double(model.likelihood_term(Params(row)))  # noqa: E731
+        return run_batched(pointwise, values, len(observed), report.vmap, name, (model.log_likelihood,))
+
+    def prior(n: int, generator: torch.Generator) -> Batch:
+        draws = [call_sample_prior(model, generator, name) for _ in range(n)]
+        return unconstrain_all(parameters, {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]})
+
+    def condition(response: Float[Tensor, " N"]) -> Density:
+        # checked once already, and a check per simulated response would cost more than it tells
+        return density_of(replace(model, observed=response), name, report)
+
+    return Predictive(
+        observed,
+        replicate,
+        log_likelihood if report.pointwise else None,
+        prior if model.sample_prior is not None else None,
+        condition if model.takes_response else None,
+    )

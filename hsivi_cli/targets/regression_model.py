@@ -1,0 +1,231 @@
+"""The posterior of a generalised linear model with or without group effects, as a Density.
+
+z holds the coefficients' coordinates, then `sigma`, `nu` or `shape`, then the group effects.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hsivi_cli.targets.coordinates import Coordinates, Mapped
+from hsivi_cli.targets.density import Density, Predictive
+from hsivi_cli.targets.families import Aux, Family
+from hsivi_cli.targets.group_effects import Effects, GroupEffects
+from hsivi_cli.targets.priors import PriorStack
+
+Z = Float[Tensor, "n d"]
+_CHUNK = 1 << 22  # entries of an (n, rows) block: 32 MB
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A model and its data, ready to evaluate; the fields of the affine map are those of CoefficientMap.
+
+    `y` and `trials` have shape (N,), `matrix` (N, k), `base` (N,) with the offset in it; `names` are the k
+    coefficients' names.
+    """
+
+    name: str
+    family: Family
+    y: Float64[Tensor, " N"]
+    trials: Float64[Tensor, " N"] | None
+    names: tuple[str, ...]
+    matrix: Float64[Tensor, "N k"]
+    base: Float64[Tensor, " N"]
+    start: Float64[Tensor, " k"]
+    slope: Float64[Tensor, "k k"]
+    prior_start: Float64[Tensor, " k"]
+    prior_slope: Float64[Tensor, "k k"]
+    log_det: float
+    coordinates: Coordinates
+    coefficient_priors: PriorStack
+    aux_coordinates: Coordinates
+    aux_priors: PriorStack
+    groups: GroupEffects | None
+    facts: tuple[str, ...]
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates."""
+        return len(self.names) + len(self.family.aux) + (self.groups.dim if self.groups else 0)
+
+    def density(self) -> Density:
+        """The Density of this posterior."""
+        evaluate = _Evaluation(self)
+        proper = self.coefficient_priors.proper and self.aux_priors.proper and (not self.groups or self.groups.proper)
+        predictive = Predictive(
+            observed=self.y,
+            simulate=evaluate.simulate,
+            log_likelihood=evaluate.pointwise,
+            prior=evaluate.sample_prior if proper else None,
+            condition=lambda response: replace(self, y=response.to(torch.float64)).density(),
+        )
+        return Density(
+            name=self.name,
+            dim=self.dim,
+            log_prob=evaluate.log_prob,
+            constrain=evaluate.constrain,
+            # correlated group effects leave their derivatives to autograd
+            analytic_gradient=None if self.groups else evaluate.gradient,
+            predictive=predictive,
+            facts=self.facts,
+            initial=torch.zeros(self.dim, dtype=torch.float64),
+        )
+
+
+class _Evaluation:
+    """What depends on the response is computed once, here."""
+
+    def __init__(self, model: Regression) -> None:
+        self.model = model
+        family, y = model.family, model.y
+        self.constant = family.constant(y, model.trials)
+        self.total_constant = float(self.constant.sum())
+        values, counts = torch.unique(y, return_counts=True) if family.name == "negative-binomial" else (y[:1], None)
+        self.values = values
+        self.counts = counts.to(y.dtype) if counts is not None else torch.tensor([float(len(y))], dtype=y.dtype)
+        # the gaussian likelihood through its sufficient statistics, about the least squares solution so that nothing
+        # cancels: |y - eta|^2 = least + |root (h - best)|^2
+        self.sufficient = family.name == "gaussian" and model.groups is None
+        if self.sufficient:
+            residual = y - model.base
+            gram = model.matrix.T @ model.matrix
+            eigenvalues, vectors = torch.linalg.eigh(gram)
+            kept = eigenvalues > 1e-13 * eigenvalues.max() if len(eigenvalues) else eigenvalues > 0
+            inverse = torch.where(kept, 1 / eigenvalues.clamp_min(1e-300), 0.0)
+            self.best = vectors @ (inverse * (vectors.T @ (model.matrix.T @ residual)))
+            self.gram = gram
+            self.root = torch.where(kept, eigenvalues, 0.0).sqrt()[:, None] * vectors.T
+            self.least = float(((residual - model.matrix @ self.best) ** 2).sum())
+
+    def split(self, z: Z) -> tuple[Mapped, Mapped, Aux, Z]:
+        """Coefficients' h, aux as mapped and by name, and the group effects' part of z."""
+        k, a = len(self.model.names), len(self.model.family.aux)
+        coefficients = self.model.coordinates.map(z[:, :k])
+        aux = self.model.aux_coordinates.map(z[:, k : k + a])
+        return coefficients, aux, dict(zip(self.model.family.aux, aux.x.unbind(1), strict=True)), z[:, k + a :]
+
+    def log_prob(self, z: Z) -> Float[Tensor, " n"]:
+        """Log prior, log likelihood, log Jacobian."""
+        model = self.model
+        coefficients, aux, named, rest = self.split(z)
+        h = coefficients.x
+        value = model.coefficient_priors.log_density(model.prior_start + h @ model.prior_slope.T)
+        value = value + coefficients.log_slope.sum(1) + model.log_det
+        value = value + model.aux_priors.log_density(aux.x) + aux.log_slope.sum(1)
+        effects: list[Effects] = []
+        if model.groups:
+            effects, prior = model.groups.unpack(rest)
+            value = value + prior
+        return value + self.log_likelihood(h, named, effects)
+
+    def log_likelihood(self, h: Z, aux: Aux, effects: list[Effects]) -> Float[Tensor, " n"]:
+        """Sum over the rows."""
+        model = self.model
+        if self.sufficient:
+            sigma, rows = aux["sigma"], len(model.y)
+            squares = self.least + (((h - self.best) @ self.root.T) ** 2).sum(1)
+            return -0.5 * squares / sigma**2 - rows * sigma.log() - 0.5 * rows * math.log(2 * math.pi)
+        value = torch.full((len(h),), self.total_constant, dtype=h.dtype)
+        if aux:
+            value = value + (model.family.auxiliary(self.values, aux) * self.counts).sum(1)
+        for rows_ in self.chunks(len(h)):
+            value = value + _light(self._kernel_sum, h, aux, effects, rows_, len(h) * len(model.y))
+        return value
+
+    def _kernel_sum(self, h: Z, aux: Aux, effects: list[Effects], rows: slice) -> Float[Tensor, " n"]:
+        eta = self.eta(h, effects, rows)
+        return self.model.family.kernel(self.model.y[rows], self._trials(rows), eta, aux).sum(1)
+
+    def eta(self, h: Z, effects: list[Effects], rows: slice) -> Float[Tensor, "n rows"]:
+        """The linear predictor in these rows."""
+        eta = self.model.base[rows] + h @ self.model.matrix[rows].T
+        return eta + self.model.groups.predictor(effects, rows) if self.model.groups else eta
+
+    def gradient(self, z: Z) -> Z:
+        """The derivative of `log_prob` in closed form, for models without group effects; plain differentiable torch."""
+        model = self.model
+        coefficients, aux, named, _ = self.split(z)
+        h = coefficients.x
+        by_h = model.coefficient_priors.score(model.prior_start + h @ model.prior_slope.T) @ model.prior_slope
+        by_aux = model.aux_priors.score(aux.x)
+        if self.sufficient:
+            sigma, away = named["sigma"][:, None], h - self.best
+            squares = self.least + ((away @ self.root.T) ** 2).sum(1, keepdim=True)
+            by_h = by_h - away @ self.gram / sigma**2
+            by_aux = by_aux + squares / sigma**3 - len(model.y) / sigma
+        else:
+            if named:
+                parts = model.family.auxiliary_score(self.values, named)
+                by_aux = by_aux + torch.stack([(parts[name] * self.counts).sum(1) for name in named], 1)
+            for rows in self.chunks(len(z)):
+                more_h, more_aux = _light(self._score_sum, h, named, [], rows, len(z) * len(model.y))
+                by_h, by_aux = by_h + more_h, by_aux + more_aux
+        return torch.cat([by_h * coefficients.slope + coefficients.bend, by_aux * aux.slope + aux.bend], 1)
+
+    def _score_sum(self, h: Z, aux: Aux, effects: list[Effects], rows: slice) -> tuple[Z, Z]:
+        eta = self.eta(h, effects, rows)
+        by_eta, by_aux = self.model.family.kernel_score(self.model.y[rows], self._trials(rows), eta, aux)
+        stacked = torch.stack([by_aux[name].sum(1) for name in aux], 1) if aux else h.new_zeros(len(h), 0)
+        return by_eta @ self.model.matrix[rows], stacked
+
+    def constrain(self, z: Z) -> dict[str, Float[Tensor, " n"]]:
+        """Every parameter under the user's names and on the original scale, one number each."""
+        coefficients, _, aux, rest = self.split(z)
+        theta = self.model.start + coefficients.x @ self.model.slope.T
+        values = dict(zip(self.model.names, theta.unbind(1), strict=True)) | aux
+        if self.model.groups:
+            values |= self.model.groups.named(self.model.groups.unpack(rest)[0])
+        return values
+
+    def pointwise(self, z: Z) -> Float[Tensor, "n N"]:
+        """Log likelihood of each row."""
+        coefficients, _, aux, rest = self.split(z)
+        effects = self.model.groups.unpack(rest)[0] if self.model.groups else []
+        eta = self.eta(coefficients.x, effects, slice(None))
+        value = self.constant + self.model.family.kernel(self.model.y, self.model.trials, eta, aux)
+        return value + self.model.family.auxiliary(self.model.y, aux) if aux else value
+
+    def simulate(self, z: Z, generator: torch.Generator) -> Float[Tensor, "n N"]:
+        """One replicated response a row of z."""
+        with torch.no_grad():
+            coefficients, _, aux, rest = self.split(z)
+            effects = self.model.groups.unpack(rest)[0] if self.model.groups else []
+            eta = self.eta(coefficients.x, effects, slice(None))
+            return self.model.family.simulate(self.model.trials, eta, aux, generator)
+
+    def sample_prior(self, n: int, generator: torch.Generator) -> Z:
+        """z from the prior."""
+        model = self.model
+        wanted = model.coefficient_priors.sample(n, generator)
+        h = torch.linalg.solve(model.prior_slope, (wanted - model.prior_start).T).T if model.names else wanted
+        # a bounded coefficient is its own coordinate: keep it exactly inside its bounds
+        bounded = model.coordinates.half | model.coordinates.interval
+        h = torch.where(bounded, wanted, h)
+        parts = [model.coordinates.invert(h)]
+        if model.family.aux:
+            parts.append(model.aux_coordinates.invert(model.aux_priors.sample(n, generator)))
+        if model.groups:
+            parts.append(model.groups.sample_prior(n, generator))
+        return torch.cat(parts, 1)
+
+    def chunks(self, n: int) -> list[slice]:
+        """Blocks of rows of which an (n, rows) matrix stays small."""
+        rows, size = len(self.model.y), max(1, _CHUNK // max(n, 1))
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def _trials(self, rows: slice) -> Float64[Tensor, " rows"] | None:
+        return None if self.model.trials is None else self.model.trials[rows]
+
+
+def _light(function: Callable[..., Any], h: Z, aux: Aux, effects: list[Effects], rows: slice, entries: int) -> Any:
+    """The function's value; where its graph would be large, it is computed again on the way back instead of kept."""
+    if entries <= _CHUNK or not torch.is_grad_enabled():
+        return function(h, aux, effects, rows)
+    return checkpoint(function, h, aux, effects, rows, use_reentrant=False)

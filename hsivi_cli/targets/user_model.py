@@ -1,0 +1,84 @@
+"""A user's own Python file that defines `model(data) -> Model`, run and checked before any fit starts."""
+
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.targets.density import Density
+from hsivi_cli.targets.model import Model, density_of
+from hsivi_cli.targets.model_calls import blamed_line, describe, user_code
+
+WANTED = "def model(data): return Model(parameters=[...], log_prior=..., log_likelihood=...)"
+
+
+def load_user_model(path: Path, data: Any) -> Density:
+    """The posterior of `model(data)` in the file `path`, which is run: the user named it.
+
+    `data` is a pandas DataFrame (CSV, parquet), the object in a `.json` file, or None. Raises InputError with one line,
+    and the user's line at fault, for a file that is missing or broken, and for a model that `density_of` refuses.
+    """
+    path = Path(path)
+    module = _run_file(path)
+    function = getattr(module, "model", None)
+    if function is None:
+        raise InputError(f"{path.name} defines no model: write {WANTED}")
+    if not inspect.isfunction(function):
+        raise InputError(f"{path.name}: model is a {type(function).__name__}, not a function: write {WANTED}")
+    try:
+        inspect.signature(function).bind(data)
+    except TypeError:
+        raise InputError(
+            f"{path.name}: model{inspect.signature(function)} must take the data alone: model(data)"
+        ) from None
+    found = _call_model(path, function, data)
+    if not isinstance(found, Model):
+        kind = "nothing: is a return missing?" if found is None else f"a {type(found).__name__}, not a Model"
+        raise InputError(f"{path.name}: model(data) returned {kind}")
+    return density_of(found, path.name)
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The file as a module; its folder is importable while it runs."""
+    if path.is_dir():
+        raise InputError(f"--model {path} is a folder: name the Python file that defines model(data)")
+    if not path.is_file():
+        raise InputError(f"--model {path} does not exist: name a Python file that defines model(data)")
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        code = compile(source, str(path), "exec", dont_inherit=True)
+    except SyntaxError as err:
+        raise InputError(f"{path.name}, line {err.lineno}: {type(err).__name__}: {err.msg}") from err
+    except (OSError, ValueError) as err:  # unreadable, not UTF-8, null bytes
+        raise InputError(f"--model {path} is no Python file ({err})") from err
+    module = ModuleType(f"hsivi_user_model_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        with user_code(validate=True):
+            exec(code, module.__dict__)
+    except InputError as err:
+        raise InputError(f"{blamed_line(err, str(path)) or path.name}: {err}") from err
+    except (Exception, SystemExit) as err:
+        raise InputError(f"{path.name} raised {describe(err, str(path))} while it was read") from err
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _call_model(path: Path, function: Any, data: Any) -> Any:
+    try:
+        with user_code(validate=True):
+            return function(data)
+    except InputError as err:
+        raise InputError(f"{blamed_line(err, str(path)) or path.name}: {err}") from err
+    except (Exception, SystemExit) as err:
+        hint = ""
+        if data is None and isinstance(err, TypeError | AttributeError):
+            hint = "; no data file was given"
+        elif isinstance(err, KeyError) and hasattr(data, "keys"):
+            hint = f"; the data has {', '.join(map(str, list(data.keys())[:20]))}"
+        raise InputError(f"{path.name}: model(data) raised {describe(err, str(path))}{hint}") from err

@@ -1,0 +1,91 @@
+"""Pieces of tempered sequential Monte Carlo: the geometric path, its next temperature, resampling and evidence.
+
+Del Moral, Doucet, Jasra 2006 (SMC samplers); Jasra et al. 2011 (temperatures by effective sample size). Nothing here
+knows where the densities come from: prior and likelihood, or an approximation and its target. All in float64.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Points = Float[Tensor, "n d"]
+
+
+@dataclass(frozen=True)
+class GeometricPath:
+    """`log pi_t = (1 - t) log base + t log target`, t from 0 to 1; densities and gradients batched over rows."""
+
+    log_base: Callable[[Points], Float[Tensor, " n"]]
+    log_target: Callable[[Points], Float[Tensor, " n"]]
+    base_gradient: Callable[[Points], Points]
+    target_gradient: Callable[[Points], Points]
+
+    def log_prob(self, t: float) -> Callable[[Points], Float[Tensor, " n"]]:
+        """Log density of the bridge at temperature t; at 1 the target alone."""
+        if t >= 1.0:
+            return self.log_target
+        return lambda z: (1 - t) * self.log_base(z) + t * self.log_target(z)
+
+    def gradient(self, t: float) -> Callable[[Points], Points]:
+        """Gradient of `log_prob(t)`."""
+        if t >= 1.0:
+            return self.target_gradient
+        return lambda z: (1 - t) * self.base_gradient(z) + t * self.target_gradient(z)
+
+    def log_ratio(self, z: Points) -> Float[Tensor, " n"]:
+        """`log target - log base`, what a weight gains per unit of temperature; -inf where the target is no number."""
+        return (self.log_target(z) - self.log_base(z)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def effective_sample_size(log_weight: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+    """`(sum w)^2 / sum w^2` over the last axis, between 1 and n; 0 where every weight is zero."""
+    ess = (2 * log_weight.logsumexp(-1) - (2 * log_weight).logsumexp(-1)).exp()
+    return ess.nan_to_num(nan=0.0)
+
+
+def log_mean_exp(log_weight: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+    """Log of the mean weight over the last axis."""
+    return log_weight.logsumexp(-1) - math.log(log_weight.shape[-1])
+
+
+def next_temperature(
+    log_ratio: Float[Tensor, " n"], t: float, share: float, log_weight: Float[Tensor, " n"] | None = None
+) -> float:
+    """The temperature in (t, 1] at which the effective sample size has fallen to `share` of what it is at t.
+
+    `log_weight` are the weights carried at t (equal, if left out). Bisection, until the interval is below 1e-3 of the
+    step; 1 where even the target keeps `share`.
+    """
+    carried = torch.zeros_like(log_ratio) if log_weight is None else log_weight
+    least = share * float(effective_sample_size(carried))
+
+    def enough(to: float) -> bool:
+        return float(effective_sample_size(carried + (to - t) * log_ratio)) >= least
+
+    if enough(1.0):
+        return 1.0
+    low, high = t, 1.0
+    # the step may be many orders smaller than 1, so first halve towards t
+    while high - low > 1e-3 * (high - t) and high - t > 1e-15:
+        middle = t + (high - t) / 2 if low == t else (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low if low > t else high
+
+
+def systematic_resample(
+    log_weight: Float[Tensor, "... n"], uniform: Float[Tensor, "..."], count: int | None = None
+) -> Int[Tensor, "... m"]:
+    """Indices of `count` (default n) survivors along the last axis, in order, from one uniform a row.
+
+    Index i appears floor or ceil of `count w_i` times, that many on average (Carpenter et al. 1999).
+    """
+    count = log_weight.shape[-1] if count is None else count
+    share = (log_weight.double() - log_weight.double().logsumexp(-1, keepdim=True)).exp()
+    edges = share.cumsum(-1)
+    edges = edges / edges[..., -1:]  # rounding must not leave the last position beyond the last edge
+    positions = (torch.arange(count, dtype=torch.float64) + uniform.double()[..., None]) / count
+    return torch.searchsorted(edges, positions.contiguous(), right=True).clamp_max(log_weight.shape[-1] - 1)
