@@ -3,7 +3,7 @@
     hsivi fit-posterior gp_regression.csv --model gp_regression.py
 
 The data have columns `x` and `y`. The curve itself is integrated out: the unknowns are how far it wanders
-(`amplitude`), how fast (`lengthscale`) and the noise around it (`noise`). `curve` is its posterior mean at a few points.
+(`amplitude`), how fast (`lengthscale`) and the noise around it (`noise`). `curve` is its mean at a few points.
 """
 
 import torch

@@ -45,7 +45,7 @@ def apply_step(
     loss.backward()
     norm = float(nn.utils.clip_grad_norm_(list(parameters), clip))
     if not math.isfinite(norm):
-        raise RunError("diverged: the gradient is not finite; use a lower --lr and another --out")
+        raise RunError("diverged: the gradient is not finite: use a lower --lr")
     optimiser.step()
     return norm
 

@@ -69,9 +69,10 @@ def plot_fit(
     right = max(1.6 * (len(paired) - 1), 3.2) if len(paired) > 1 else 0.0
     height = max(1.55 * down + (2.1 if trace is not None else 0), right - 0.6 if right else 0, 3.4) + 0.9
     figure = _figure(left + right + 0.9, height)
-    body, *pairs = figure.subfigures(1, 2, width_ratios=[left, right]) if right else [figure.subfigures(1, 1)]
+    widths = [left, right] if right else [left]
+    body, *pairs = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     if trace is not None:
-        top, body = body.subfigures(2, 1, height_ratios=[2.1, max(1.55 * down, height - 3.0)])
+        (top,), (body,) = body.subfigures(2, 1, squeeze=False, height_ratios=[2.1, max(1.55 * down, height - 3.0)])
         _draw_trace(top.subplots(), trace)
     panels = body.subplots(down, across, squeeze=False).ravel()
     for panel, j in zip(panels, shown, strict=False):
@@ -94,7 +95,7 @@ def plot_sbc(path: Path, result: SbcResult) -> None:
     A line that leaves the band upwards on the left has ranks too low: draws biased high; one that leaves it on both
     sides, up and then down, is overconfident.
     """
-    worst = np.argsort(result.p_values, kind="stable")[: MARGINALS - 1]
+    worst = np.argsort([test.p for test in result.tests], kind="stable")[: MARGINALS - 1]
     across = min(4, len(worst) + 1)
     down = math.ceil((len(worst) + 1) / across)
     figure = _figure(2.7 * across + 0.6, 2.1 * down + 0.9)
@@ -119,7 +120,7 @@ def most_correlated(values: Float64[np.ndarray, "n p"], count: int) -> list[int]
         return []
     r = np.abs(np.corrcoef(x[:, moving], rowvar=False))
     np.fill_diagonal(r, -1)
-    chosen = list(np.unravel_index(int(r.argmax()), r.shape))
+    chosen = [int(place) for place in np.unravel_index(int(r.argmax()), r.shape)]
     while len(chosen) < min(count, len(moving)):
         strongest = r[chosen].max(0)
         strongest[chosen] = -1
@@ -131,7 +132,11 @@ def most_correlated(values: Float64[np.ndarray, "n p"], count: int) -> list[int]
 
 def density_curve(x: Float64[np.ndarray, " n"], bins: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """A smooth density over the draws' central 99.6 %, folded back at the draws' ends so that bounds stay bounds."""
+    start, unit = float(x.min()), float(np.ptp(x))
+    x = (x - start) / unit  # so that no square of a tiny scale is lost
     low, high = np.quantile(x, [0.002, 0.998])
+    if low == high:  # nearly all draws are the same
+        low, high = 0.0, 1.0
     inner = np.quantile(x, [0.25, 0.75])
     spread = min(float(x.std()), float(inner[1] - inner[0]) / 1.34) or float(x.std())
     bandwidth = 1.06 * spread * len(x) ** -0.2  # Scott's
@@ -141,7 +146,7 @@ def density_curve(x: Float64[np.ndarray, " n"], bins: int = 256) -> tuple[np.nda
     reach = min(max(1, math.ceil(4 * bandwidth / step)), bins)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / bandwidth) ** 2)
     smooth = np.convolve(np.pad(counts, reach, mode="symmetric"), kernel / kernel.sum(), mode="valid")
-    return (edges[1:] + edges[:-1]) / 2, smooth
+    return start + unit * (edges[1:] + edges[:-1]) / 2, smooth / unit
 
 
 def _shown(count: int, paired: list[int]) -> list[int]:
@@ -172,7 +177,9 @@ def _draw_trace(panel: "Axes", trace: Trace) -> None:
     margin = 0.08 * (high - low) or 1.0
     panel.set_ylim(max(low, float(elbo.min())) - margin, high + margin)
     if elbo.min() < low - margin:
-        panel.annotate(f"from {elbo[0]:.4g}", (0.012, 0.05), xycoords="axes fraction", fontsize=7.5, color=MUTED)
+        panel.annotate(
+            f"starts at {elbo[0]:.4g}", (0.99, 0.05), xycoords="axes fraction", ha="right", fontsize=7.5, color=MUTED
+        )
     last = f"{elbo[-max(1, len(elbo) // 10) :].mean():.5g} over the last tenth"
     panel.set_title(last, fontsize=8, color=MUTED, loc="right")
 
@@ -218,6 +225,7 @@ def _draw_pairs(area: Any, names: list[str], values: np.ndarray) -> None:
                 continue
             across, up = column, row + 1
             _tidy(panel)
+            panel.set_box_aspect(1)
             panel.scatter(points[:, across], points[:, up], s=4, color=BLUE, alpha=0.18, linewidth=0, rasterized=True)
             panel.set_xlim(limits[0, across] - margin[across], limits[1, across] + margin[across])
             panel.set_ylim(limits[0, up] - margin[up], limits[1, up] + margin[up])

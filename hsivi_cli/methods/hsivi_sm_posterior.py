@@ -80,7 +80,8 @@ def step(state: State, batch: Tensor | None, generator: torch.Generator) -> dict
     rollout = hsivi_posterior.roll_out(state.chain, active, state.config.batch, generator)
     for _ in range(state.config.critic_steps):
         critic_metrics = critic_step(state, rollout, generator)
-    return critic_metrics | chain_step(state, rollout, active, generator)
+    metrics = critic_metrics | chain_step(state, rollout, active, generator)
+    return metrics | {"elbo": _elbo(state, rollout, generator)}
 
 
 def critic_step(state: State, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
@@ -100,33 +101,33 @@ def chain_step(state: State, rollout: Rollout, active: range, generator: torch.G
     state.critics.requires_grad_(False)
     if config.divergence == "fisher":
         x, difference = _difference(state, rollout, generator)
-        fisher = fisher_minimax(_critics(state, x, rollout), difference).sum()
-        loss = fisher
+        loss = fisher_minimax(_critics(state, x, rollout), difference).sum()
     else:
-        with torch.no_grad():
-            pass
-        x = rollout.draw(_noise(state, rollout, generator))
+        x = rollout.draw(_noise(rollout, generator))
         with torch.no_grad():
             direction = _critics(state, x, rollout)
         loss = -(direction * x).sum(-1).mean(-1).sum()
-        fisher = (direction**2).sum(-1).mean(-1).sum()
     state.critics.requires_grad_(True)
     rate = hsivi_posterior.rate_at(config.lr, state.step, config)
     norm = apply_step(loss, state.optimiser, state.chain.parameters(), rate, config.clip)
     hsivi_posterior.update_averages(state.chain, active, state.step, config.ema)
-    with torch.no_grad():
-        log_mix = log_mixture(x[0], rollout.means[0], rollout.log_sigma[0], config.batch - 1)
-        elbo = surrogate_bound(state.density.log_prob(x[0]), log_mix)
-    return {"elbo": elbo.item(), "fisher": fisher.item(), "grad_norm": norm, "lr": rate}
+    return {"chain_loss": loss.item(), "grad_norm": norm, "lr": rate}
 
 
-def _noise(state: State, rollout: Rollout, generator: torch.Generator) -> Tensor:
+@torch.no_grad()
+def _elbo(state: State, rollout: Rollout, generator: torch.Generator) -> float:
+    x = rollout.draw(_noise(rollout, generator))[0]
+    log_mix = log_mixture(x, rollout.means[0], rollout.log_sigma[0], len(x) - 1)
+    return float(surrogate_bound(state.density.log_prob(x), log_mix))
+
+
+def _noise(rollout: Rollout, generator: torch.Generator) -> Tensor:
     return torch.randn(rollout.means.shape, generator=generator, dtype=torch.float64)
 
 
 def _difference(state: State, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Outputs `x_k` of the active layers, and `S_k(x_k) - grad log q(x_k | x_{k+1})` there."""
-    zeta = _noise(state, rollout, generator)
+    zeta = _noise(rollout, generator)
     x = rollout.draw(zeta)
     target_score = state.density.gradient(x.reshape(-1, state.density.dim)).reshape(x.shape)
     power = state.chain.powers[rollout.numbers].reshape(-1, 1, 1)

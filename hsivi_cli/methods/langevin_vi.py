@@ -193,7 +193,7 @@ def weigh(
     if kind == "vi":
         log_prob = density.log_prob(z)
         return z, log_prob, log_prob - log_start
-    bridge = geometric_bridge(at.reference, density.gradient, at.betas, getattr(density, 'linearise', None))
+    bridge = geometric_bridge(at.reference, density.gradient, at.betas, getattr(density, "linearise", None))
     if kind in OVERDAMPED:
         if kind == "cmcd":
             assert network is not None

@@ -1,8 +1,8 @@
 """From a density to draws that one can judge: a Gaussian start, a method in whitened coordinates, weights, refinement.
 
-`--method auto` trains nothing: it takes the full-rank Gaussian of the start, corrected by its importance weights where
-they are good, and otherwise tempers from it to the target by SMC with HMC moves. Every other method is trained, and its
-draws are corrected in the same two ways.
+`--method auto` trains nothing: it draws from the full-rank Gaussian of the start, with tails as heavy as they must be,
+and corrects by importance weights where they are good; otherwise it tempers from there to the target by SMC with HMC
+moves. Every other method is trained, and its draws are corrected in the same two ways.
 """
 
 import math
@@ -21,6 +21,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
+from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws
 from hsivi_cli.methods.laplace import Mode, find_mode, require_proper
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.refine import Refined, refine, tempered_smc
@@ -29,7 +30,7 @@ from hsivi_cli.targets.whiten import whiten
 
 GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
 ENOUGH = 0.25  # effective share of the pilot's draws below which auto tempers
-PILOT = 1000
+PILOT = 2000
 AUTO = "gaussian"  # the start itself, untrained
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
 DRAW_SEED = 0x5EED  # draws come from streams of their own, not from those of the training seed
@@ -39,7 +40,8 @@ DRAW_SEED = 0x5EED  # draws come from streams of their own, not from those of th
 class Fit:
     """A fitted approximation: `method` on `white`, the density in the coordinates of the Gaussian `start`.
 
-    `route` says how draws are corrected: "weights", "hmc" or "smc". `modes` counts the modes that were found.
+    `route` says how draws are corrected: "weights", "hmc" or "smc". `modes` counts the modes that were found,
+    `degrees` are those of the Student t that `auto` draws from (0: the Gaussian).
     """
 
     density: Density
@@ -49,6 +51,7 @@ class Fit:
     state: Any
     route: str = "weights"
     modes: int = 1
+    degrees: int = 0
     trace: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -90,12 +93,15 @@ def fit_posterior(
     Raises InputError for options that mean nothing or an improper posterior, RunError where training diverges.
     """
     check_options(options)
+    seed = options.seed
     start, modes = _start(density, options)
     fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
     fit.modes = modes
-    if fit.method != AUTO:
+    if fit.method == AUTO:
+        fit.degrees, pilot = best_degrees(lambda degrees: _weights(_raw(replace(fit, degrees=degrees), PILOT, seed)))
+    else:
         _train(fit, directory, on_log, resume)
-    pilot = _weights(_raw(fit, PILOT, options.seed))
+        pilot = _weights(_raw(fit, PILOT, seed))
     fit.route = _route(options, pilot, modes)
     return fit
 
@@ -114,6 +120,8 @@ def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
     if share < 0.9:
         raw = _raw(fit, math.ceil(n / share), seed)
         weights = _weights(raw)
+    if fit.options.method == "auto" and fit.options.refine == "auto" and weights.khat > GOOD_KHAT:
+        return draw_posterior(replace(fit, route="smc"), n, seed)  # the pilot was luckier than these draws
     rows = resample(weights.log_weight, n, torch.Generator().manual_seed(seed))
     return _posterior(fit, _taken(raw, rows), min(weights.ess, float(n)), weights, None)
 
@@ -124,6 +132,7 @@ def state_tree(fit: Fit) -> dict[str, Any]:
         "method": fit.method,
         "route": fit.route,
         "modes": fit.modes,
+        "degrees": fit.degrees,
         "location": fit.start.location,
         "scale_tril": fit.start.scale_tril,
         "start_elbo": [fit.start.elbo, fit.start.elbo_se],
@@ -139,7 +148,7 @@ def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
     fit = _init(density, options, tree["method"], start)
     if fit.method != AUTO:
         fit.module.load_state_dict(fit.state, tree["state"])
-    fit.route, fit.modes = tree["route"], tree["modes"]
+    fit.route, fit.modes, fit.degrees = tree["route"], tree["modes"], tree["degrees"]
     fit.trace = [(int(step), float(value)) for step, value in tree["trace"]]
     return fit
 
@@ -199,9 +208,7 @@ def _raw(fit: Fit, n: int, seed: int) -> Draws:
     noise = NoiseStreams(seed ^ DRAW_SEED, range(n))
     with torch.no_grad():
         if fit.method == AUTO:
-            z = fit.start.draw(noise.draw((fit.density.dim,)).double())
-            log_prob, log_approx = fit.density.log_prob(z), fit.start.log_prob(z)
-            return Draws(z, log_prob, log_prob - log_approx, log_approx, "full-rank Gaussian")
+            return student_t_draws(fit.density, fit.start, fit.degrees, noise)
         draws: Draws = fit.module.sample(fit.state, noise)
     if not POSTERIOR_METHODS[fit.method].whitened:
         return draws

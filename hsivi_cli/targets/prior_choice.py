@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.targets.families import Family
@@ -35,7 +36,8 @@ class ResponseScale:
 @dataclass(frozen=True)
 class ChosenPriors:
     """`coefficients` in the order (Intercept), names; `centred` says that the intercept's prior is the default one, on
-    the intercept at the predictors' means. `defaulted` are the coefficients with a default prior.
+    the intercept at the predictors' means. `defaulted` are the coefficients with a default prior,
+    `spreads` the predictors' `column_spreads`.
 
     `sd` and `correlation` have an entry a group block: priors of its sds, and LKJ's eta.
     """
@@ -43,6 +45,7 @@ class ChosenPriors:
     coefficients: tuple[Prior, ...]
     centred: bool
     defaulted: frozenset[str]
+    spreads: Float64[np.ndarray, " p"]
     aux: tuple[Prior, ...]
     sd: tuple[tuple[Prior, ...], ...]
     correlation: tuple[float, ...]
@@ -137,17 +140,25 @@ def choose_priors(
             facts.append(f"prior cor_{block.factor} ~ lkj({correlation[-1]:g}){'' if found else ' (default)'}")
     _refuse_unused(statements, used, design, family)
     return ChosenPriors(
-        tuple(coefficients), centred, frozenset(defaulted), tuple(aux), tuple(sd), tuple(correlation), tuple(facts)
+        tuple(coefficients),
+        centred,
+        frozenset(defaulted),
+        spreads,
+        tuple(aux),
+        tuple(sd),
+        tuple(correlation),
+        tuple(facts),
     )
 
 
-def column_spreads(design: Design) -> np.ndarray:
+def column_spreads(design: Design) -> Float64[np.ndarray, " p"]:
     """Standard deviation of each predictor, exactly 0 for a constant one; without an intercept its root mean square."""
     X = design.X
     if not design.intercept:
-        return np.sqrt((X**2).mean(0))
+        return np.sqrt(np.einsum("ij,ij->j", X, X) / len(X))
     spreads = X.std(0, ddof=1)
-    return np.where(spreads > 1e-12 * np.abs(X).max(0, initial=0.0), spreads, 0.0)
+    largest = np.maximum(np.abs(X.max(0, initial=0.0)), np.abs(X.min(0, initial=0.0)))
+    return np.where(spreads > 1e-12 * largest, spreads, 0.0)
 
 
 def _term_spreads(block: GroupBlock) -> list[float]:
@@ -181,7 +192,7 @@ def _positive(statement: PriorStatement, name: str) -> Prior:
 def _cut(statement: PriorStatement, prior: Prior) -> str:
     if statement.prior.name in ("normal", "student_t", "cauchy") and statement.prior.real:
         return f" ({statement.prior.describe()} cut to positive values and renormalised)"
-    if statement.prior.lower < 0:
+    if statement.prior.lower < 0 and statement.prior.proper:
         return f" (cut to positive values and renormalised: ({prior.lower:g}, {prior.upper:g}))"
     return ""
 

@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
@@ -143,22 +144,25 @@ class Prior:
         """Independent draws by inverting the distribution function, float64; raises InputError for flat."""
         if not self.proper:
             raise InputError("a flat prior cannot be drawn from: give every parameter a proper prior")
-        dist = self._scipy()
-        low, high = float(dist.cdf(self.lower)), float(dist.cdf(self.upper))
-        u = torch.rand(shape, generator=generator, dtype=torch.float64)
-        # rand can give 0, whose quantile is infinite
-        u = low + (high - low) * u.clamp(2.0**-54, 1 - 2.0**-53)
-        return torch.from_numpy(dist.ppf(u.numpy())).reshape(shape)
+        # in the upper half count from the top, where doubles are dense
+        flip = self._lower_tail(self.lower) > 0.5
+        tail, quantile = (self._upper_tail, self._upper_quantile) if flip else (self._lower_tail, self._lower_quantile)
+        ends = tail(self.lower), tail(self.upper)
+        u = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+        p = ends[0] + (ends[1] - ends[0]) * np.clip(u, 2.0**-54, 1 - 2.0**-53)  # 0 would have an infinite quantile
+        return torch.from_numpy(np.clip(quantile(p), self.lower, self.upper)).reshape(shape)
 
     def truncate(self, lower: float, upper: float) -> "Prior":
         """The same prior given that x lies in (lower, upper), renormalised; raises ValueError if nothing is left."""
         low, high = max(lower, self.lower), min(upper, self.upper)
         if low >= high:
             raise ValueError("no overlap")
+        if (low, high) == (self.lower, self.upper):
+            return self
         if not self.proper:
             return replace(self, lower=low, upper=high)
-        dist = self._scipy()
-        mass = float(dist.cdf(high) - dist.cdf(low)) if low <= dist.median() else float(dist.sf(low) - dist.sf(high))
+        tail = self._upper_tail if self._lower_tail(low) > 0.5 else self._lower_tail
+        mass = abs(tail(high) - tail(low))
         if mass < 1e-300:
             raise ValueError("no mass")
         return replace(self, lower=low, upper=high, log_mass=math.log(mass))
@@ -171,70 +175,74 @@ class Prior:
         text = f"{self.name}({', '.join(f'{a:.4g}' for a in self.arguments)})" if self.arguments else self.name
         return text + (" cut at 0" if half else "")
 
-    def _scipy(self):  # type: ignore[no-untyped-def]
-        from scipy import stats
+    def _lower_tail(self, x: float) -> float:
+        """P(X < x) before any truncation."""
+        return self._tail(x, upper=False)
 
+    def _upper_tail(self, x: float) -> float:
+        """P(X > x) before any truncation."""
+        return self._tail(x, upper=True)
+
+    def _tail(self, x: float, upper: bool) -> float:
+        from scipy import special
+
+        if math.isinf(x):
+            return float((x > 0) != upper)
         a = self.arguments
+        sign = -1 if upper else 1
         match self.name:
             case "normal":
-                return stats.norm(*a)
+                return float(special.ndtr(sign * (x - a[0]) / a[1]))
             case "student_t":
-                return stats.t(a[0], a[1], a[2])
+                return float(special.stdtr(a[0], sign * (x - a[1]) / a[2]))
             case "cauchy":
-                return stats.cauchy(*a)
-            case "gamma":
-                return stats.gamma(a[0], scale=1 / a[1])
-            case "inverse_gamma":
-                return stats.invgamma(a[0], scale=a[1])
-            case "exponential":
-                return stats.expon(scale=1 / a[0])
-            case "lognormal":
-                return stats.lognorm(a[1], scale=math.exp(a[0]))
+                return float(special.stdtr(1.0, sign * (x - a[0]) / a[1]))
             case "uniform":
-                return stats.uniform(a[0], a[1] - a[0])
+                share = min(max((x - a[0]) / (a[1] - a[0]), 0.0), 1.0)
+                return 1 - share if upper else share
+        if x <= 0:
+            return float(upper)
+        match self.name:
+            case "gamma":
+                return float((special.gammaincc if upper else special.gammainc)(a[0], a[1] * x))
+            case "inverse_gamma":
+                return float((special.gammainc if upper else special.gammaincc)(a[0], a[1] / x))
+            case "exponential":
+                return math.exp(-a[0] * x) if upper else -math.expm1(-a[0] * x)
+            case _:  # lognormal
+                return float(special.ndtr(sign * (math.log(x) - a[0]) / a[1]))
+
+    def _lower_quantile(self, p: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+        return self._quantile(p, upper=False)
+
+    def _upper_quantile(self, p: Float64[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+        return self._quantile(p, upper=True)
+
+    def _quantile(self, p: Float64[np.ndarray, "..."], upper: bool) -> Float64[np.ndarray, "..."]:
+        """The x whose lower, or upper, tail is p."""
+        from scipy import special
+
+        a = self.arguments
+        sign = -1 if upper else 1
+        match self.name:
+            case "normal":
+                return a[0] + a[1] * sign * special.ndtri(p)
+            case "student_t":
+                return a[1] + a[2] * sign * special.stdtrit(a[0], p)
+            case "cauchy":
+                return a[0] - a[1] * sign / np.tan(np.pi * p)
+            case "uniform":
+                return a[1] - (a[1] - a[0]) * p if upper else a[0] + (a[1] - a[0]) * p
+            case "gamma":
+                return (special.gammainccinv if upper else special.gammaincinv)(a[0], p) / a[1]
+            case "inverse_gamma":
+                return a[1] / (special.gammaincinv if upper else special.gammainccinv)(a[0], p)
+            case "exponential":
+                return -(np.log(p) if upper else np.log1p(-p)) / a[0]
+            case "lognormal":
+                return np.exp(a[0] + a[1] * sign * special.ndtri(p))
             case _:
                 raise ValueError(self.name)
-
-
-class PriorStack:
-    """Independent priors on the k columns of a batch, evaluated together, one pass a kind of distribution."""
-
-    def __init__(self, priors: Sequence[Prior]) -> None:
-        self.priors = tuple(priors)
-        self.log_normaliser = sum(prior.log_normaliser for prior in self.priors)
-        self._kinds: list[tuple[str, Tensor, tuple[Tensor, ...]]] = []
-        for name in dict.fromkeys(prior.name for prior in self.priors if prior.name not in ("flat", "uniform")):
-            index = [i for i, prior in enumerate(self.priors) if prior.name == name]
-            columns = zip(*(self.priors[i].arguments for i in index), strict=True)
-            arguments = tuple(torch.tensor(column, dtype=torch.float64) for column in columns)
-            self._kinds.append((name, torch.tensor(index), arguments))
-
-    @property
-    def proper(self) -> bool:
-        """Whether every column has a proper prior."""
-        return all(prior.proper for prior in self.priors)
-
-    def log_density(self, x: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-        """Sum over the columns of their log densities."""
-        total = torch.full((len(x),), self.log_normaliser, dtype=x.dtype)
-        for name, index, arguments in self._kinds:
-            total = total + _log_kernel(name, self._columns(x, index), arguments).sum(1)
-        return total
-
-    def score(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        """Derivative of `log_density` by each column."""
-        total = torch.zeros_like(x)
-        for name, index, arguments in self._kinds:
-            part = _score_kernel(name, self._columns(x, index), arguments)
-            total = part if len(index) == len(self.priors) else total.index_add(1, index, part)
-        return total
-
-    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n k"]:
-        """`n` independent rows; raises InputError if a prior is flat."""
-        return torch.stack([prior.sample((n,), generator) for prior in self.priors], 1)
-
-    def _columns(self, x: Float[Tensor, "n k"], index: Tensor) -> Float[Tensor, "n m"]:
-        return x if len(index) == len(self.priors) else x.index_select(1, index)
 
 
 def make_prior(name: str, *arguments: float) -> Prior:

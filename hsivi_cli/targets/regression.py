@@ -10,6 +10,7 @@ predictors are 0, as in a Stan program.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
+import numpy as np
 import torch
 
 from hsivi_cli.errors import InputError
@@ -45,7 +46,7 @@ def regression_density(
     text = formula or default_formula(columns)
     kept, dropped = select_complete(frame, formula_columns(text, frame), cast(Literal["drop", "error"], na))
     if len(kept) < 2:
-        raise InputError("one row of data is no regression: give two or more")
+        raise InputError(f"{'one row' if len(kept) else 'no row'} of data is no regression: give two or more")
     design = build_design(text, kept)
     facts = [] if formula else [f"formula {text} (the last column on all others)"]
     chosen, reason = _family(design, family)
@@ -71,8 +72,9 @@ def _assemble(design: Design, family: Family, statements: list[PriorStatement], 
     check_response_varies(design, family)
     scale = response_scale(family, design)
     priors = choose_priors(design, family, scale, statements)
-    notes = check_posterior(design, family, priors)
-    mapped = coefficient_map(design, family, priors, scale)
+    X = np.concatenate([np.ones((len(design.y), int(design.intercept))), design.X], 1)
+    notes = check_posterior(X, design, family, priors)
+    mapped = coefficient_map(X, design, family, priors, scale)
     groups = None
     if design.groups:
         groups = GroupEffects(design.groups, priors.sd, priors.correlation, scale.spread)

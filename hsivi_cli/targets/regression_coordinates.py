@@ -40,20 +40,23 @@ class CoefficientMap:
     residual: float
 
 
-def coefficient_map(design: Design, family: Family, priors: ChosenPriors, scale: ResponseScale) -> CoefficientMap:
-    """Whitening coordinates of the coefficients whose prior allows all real numbers; others keep their own axes."""
-    rows, k = len(design.y), design.X.shape[1] + int(design.intercept)
+def coefficient_map(
+    X: Float64[np.ndarray, "N k"], design: Design, family: Family, priors: ChosenPriors, scale: ResponseScale
+) -> CoefficientMap:
+    """Whitening coordinates of the coefficients whose prior allows all real numbers; others keep their own axes.
+
+    `X` has the column of ones, if any.
+    """
+    k = X.shape[1]
     linear = np.array([prior.real for prior in priors.coefficients], bool).reshape(k)
-    ones = np.ones((rows, int(design.intercept)))
-    X = np.concatenate([ones, design.X], 1)
     # eta = intercept at the means + (X - means) b, unless the raw intercept is bounded or there is none
     centring = np.eye(k)
     if design.intercept and linear[0]:
         centring[0, 1:] = -design.X.mean(0)
-    largest = np.abs(X).max(0, initial=0.0)
+    largest = np.maximum(np.abs(X.max(0, initial=0.0)), np.abs(X.min(0, initial=0.0)))
     if k:
         X = X + X[:, :1] * (centring[:1] - np.eye(1, k))  # = X @ centring, without a product over all rows
-    spread = np.sqrt((X**2).mean(0))
+    spread = np.sqrt(np.einsum("ij,ij->j", X, X) / len(X))
     spread[spread <= 1e-12 * largest] = 1.0
     to_prior = np.eye(k) if priors.centred else centring  # priors.centred: on the intercept at the means
 

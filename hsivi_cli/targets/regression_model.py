@@ -20,7 +20,8 @@ from hsivi_cli.targets.group_effects import Effects, GroupEffects
 from hsivi_cli.targets.priors import PriorStack
 
 Z = Float[Tensor, "n d"]
-_CHUNK = 1 << 22  # entries of an (n, rows) block: 32 MB
+_CHUNK = 1 << 16  # entries of an (n, rows) block that stays in the cache
+_GRAPH = 1 << 22  # entries up to which autograd may keep what it needs, 32 MB an intermediate
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,9 @@ class _Evaluation:
 
     def chunks(self, n: int) -> list[slice]:
         """Blocks of rows of which an (n, rows) matrix stays small."""
-        rows, size = len(self.model.y), max(1, _CHUNK // max(n, 1))
+        rows = len(self.model.y)
+        recomputed = torch.is_grad_enabled() and n * rows > _GRAPH  # fewer, larger pieces
+        size = max(1, (8 * _CHUNK if recomputed else _CHUNK) // max(n, 1))
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def _trials(self, rows: slice) -> Float64[Tensor, " rows"] | None:
@@ -226,6 +229,9 @@ class _Evaluation:
 
 def _light(function: Callable[..., Any], h: Z, aux: Aux, effects: list[Effects], rows: slice, entries: int) -> Any:
     """The function's value; where its graph would be large, it is computed again on the way back instead of kept."""
-    if entries <= _CHUNK or not torch.is_grad_enabled():
+    wanted = torch.is_grad_enabled() and any(
+        value.requires_grad for value in (h, *aux.values(), *(e.r for e in effects))
+    )
+    if entries <= _GRAPH or not wanted:
         return function(h, aux, effects, rows)
     return checkpoint(function, h, aux, effects, rows, use_reentrant=False)

@@ -1,7 +1,10 @@
 """The only door to stdout: every byte goes through it, however little the stream takes at a time."""
 
 import io
+import os
+import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -32,3 +35,29 @@ def test_a_closed_stdout_is_named(monkeypatch):
     ):
         with pytest.raises(RunError, match="stdout is closed"):
             print_result()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_noticed(unbuffered):
+    """With PYTHONUNBUFFERED a write takes what the pipe holds and says so: the rest must not be dropped in silence."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from hsivi_cli.cli import app, console
+        app.app.command("flood")(lambda: console.result_bytes(bytes(400_000)))  # six times what a pipe holds
+        sys.exit(app.main(["flood"]))
+        """
+    )
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
+        assert process.stdout.read1(1)
+        process.stdout.close()
+        story = process.stderr.read()
+    assert (process.returncode, story) == (1, b"")
+
+
+def test_a_closed_stdout_is_one_line():
+    command = f"{sys.executable} -m hsivi_cli --version >&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: stdout is closed: there is nowhere to print the result\n")

@@ -225,7 +225,7 @@ def test_a_recorded_teacher_stands_beside_its_students(capsys, tiny_teacher, run
     found = json.loads(out)
     recorded = found["protocol"]["samples"]["teacher_fid"]
     assert recorded["value"] == teacher["metrics"]["fid@9"]
-    assert (recorded["solver"], recorded["nfe"], recorded["n"], recorded["spacing"]) == ("ddim", 4, 9, "trailing")
+    assert (recorded["solver"], recorded["nfe"], recorded["n"], recorded["seed"]) == ("ddim", 4, 9, 0)
     assert recorded["samples_sha256"] == teacher["protocol"]["samples"]["sha256"]
     ratio = found["metrics"]["fid@9"] / recorded["value"]
     assert found["metrics"]["fid_over_teacher@9"] == pytest.approx(ratio)

@@ -1,10 +1,6 @@
 import io
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -160,34 +156,3 @@ def test_long_draws_say_how_long(tiny_student, tmp_path, monkeypatch, capsys):
     # with one batch there is nothing left to announce
     assert main(["sample", str(tiny_student), "-n", "4", "--out", str(tmp_path / "c.npy")]) == 0
     assert "in all" not in capsys.readouterr().err
-
-
-def piped(tiny_student, n, out="-", **options):
-    """`hsivi sample` in a process of its own, with stderr and a pipe for stdout unless `options` say otherwise."""
-    argv = [sys.executable, "-m", "hsivi_cli", "sample", str(tiny_student), "-n", str(n), "--out", str(out)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(argv, **options)
-
-
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_early_is_noticed(unbuffered, tiny_student):
-    """With PYTHONUNBUFFERED a write takes what the pipe holds and says so: the rest must not be dropped in silence."""
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    with piped(tiny_student, 4000, env=environment) as process:  # 256 KB, four times what a pipe holds
-        assert process.stdout.read1(1)
-        process.stdout.close()
-        story = process.stderr.read().decode()
-    assert process.returncode == 1
-    assert "Traceback" not in story
-    assert "drawn in" in story
-
-
-def test_a_closed_stdout_is_one_line(tiny_student, tmp_path):
-    for out in ("-", tmp_path / "a.npy"):
-        command = f'{sys.executable} -m hsivi_cli sample "$0" -n 1 --out "$1" >&-'
-        done = subprocess.run(
-            ["bash", "-c", command, tiny_student, str(out)], stderr=subprocess.PIPE, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert re.search("^error: stdout is closed", done.stderr, re.M)
-        assert "Traceback" not in done.stderr

@@ -1,0 +1,211 @@
+"""HSIVI-LB and HSIVI-SM as methods: routing of gradients, bounds, draws, resuming, one layer against a conjugate truth."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.methods import hsivi_lb, hsivi_posterior, hsivi_sm_posterior
+from hsivi_cli.targets.density import Density
+
+F64 = torch.float64
+LOG_Z = -2.5
+TRUTH = MultivariateNormal(torch.tensor([0.5, -0.5], dtype=F64), torch.tensor([[0.6, 0.3], [0.3, 0.5]], dtype=F64))
+CONJUGATE = Density("conjugate", 2, lambda z: LOG_Z + TRUTH.log_prob(z), log_z=LOG_Z)
+METHODS = {"lb": hsivi_lb, "sm": hsivi_sm_posterior}
+both = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def make(method, density=CONJUGATE, **kwargs):
+    settings = {"layers": 2, "steps": 20, "batch": 16, "hidden": (8,), "components": 32} | kwargs
+    return method.init(density, method.Config(**settings))
+
+
+def advance(method, state, steps):
+    for _ in range(steps):
+        metrics = method.step(state, None, generator(state.config.seed, Stream.TRAIN, state.step + 1))
+    return metrics
+
+
+def weights(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def moved(before, module):
+    return any(not torch.equal(old, new) for old, new in zip(before, module.parameters(), strict=True))
+
+
+def gradients(module):
+    return [p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters()]
+
+
+@both
+def test_untrained_chain_draws_the_base(method):
+    state = make(method, layers=3, components=2048)
+    draws = method.sample(state, NoiseStreams(1, range(4000)))
+    assert draws.z.dtype == F64
+    error = 1 / math.sqrt(4000)
+    assert float(draws.z.mean(0).abs().max()) < 5 * error
+    assert float((draws.z.var(0) - 1).abs().max()) < 5 * math.sqrt(2) * error
+    torch.testing.assert_close(draws.log_prob, CONJUGATE.log_prob(draws.z))
+    # the estimate of log q(x_0) against the truth, here N(0, I)
+    exact = hsivi_posterior.log_base(draws.z)
+    assert float((draws.log_approx - exact).abs().mean()) < 0.1
+    assert draws.log_weight is None
+    assert "J = 2048" in draws.note
+
+
+@both
+def test_a_draw_depends_on_its_stream_alone(method):
+    state = make(method)
+    advance(method, state, 3)
+    many, few = method.sample(state, NoiseStreams(1, range(9))), method.sample(state, NoiseStreams(1, [7]))
+    for name in ("z", "log_prob", "log_approx"):
+        torch.testing.assert_close(getattr(many, name)[7:8], getattr(few, name), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_are_trained_without_a_gradient_through_their_input():
+    state = make(hsivi_lb, layers=3)
+    advance(hsivi_lb, state, 3)  # the residual nets start at zero: let them grow first
+    for k in range(3):
+        state.optimiser.zero_grad(set_to_none=True)
+        bounds, _ = hsivi_lb.layer_bounds(state, range(3), generator(0, Stream.TRAIN, 9))
+        bounds[k].backward()
+        for other, layer in enumerate(state.chain.layers):
+            assert all(gradients(layer)) if other == k else not any(gradients(layer))
+
+
+@both
+def test_layer_by_layer_training_starts_at_the_base_and_leaves_the_others(method):
+    state = make(method, layers=3, steps=10, training="layerwise")
+    order = []
+    for _ in range(10):
+        before = [weights(layer) for layer in state.chain.layers]
+        averages = [weights(layer) for layer in state.chain.averages]
+        metrics = advance(method, state, 1)
+        changed = [k for k in range(3) if moved(before[k], state.chain.layers[k])]
+        assert changed == [k for k in range(3) if moved(averages[k], state.chain.averages[k])]
+        order += changed
+        assert math.isfinite(metrics["elbo"])
+    assert order == sorted(order, reverse=True)
+    assert set(order) == {0, 1, 2}
+    config = method.Config(layers=2, steps=10, training="layerwise", warmup=0)
+    rates = [hsivi_posterior.rate_at(1.0, step, config) for step in range(1, 11)]
+    assert rates[:5] == rates[5:]
+    assert rates[4] < 1e-12 < rates[0]
+
+
+def test_critic_step_leaves_q_and_chain_step_leaves_the_critics():
+    for divergence in ("fisher", "kl"):
+        state = make(hsivi_sm_posterior, divergence=divergence)
+        advance(hsivi_sm_posterior, state, 2)
+        draws = generator(0, Stream.TRAIN, 5)
+        rollout = hsivi_posterior.roll_out(state.chain, range(2), 16, draws)
+        q, critics = weights(state.chain.layers), weights(state.critics)
+        hsivi_sm_posterior.critic_step(state, rollout, draws)
+        assert not moved(q, state.chain.layers)
+        assert moved(critics, state.critics)
+        critics = weights(state.critics)
+        state.critics.zero_grad(set_to_none=True)
+        hsivi_sm_posterior.chain_step(state, rollout, range(2), draws)
+        assert moved(q, state.chain.layers)
+        assert not moved(critics, state.critics)
+        assert not any(gradients(state.critics))
+        assert all(parameter.requires_grad for parameter in state.critics.parameters())
+
+
+def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
+    # One layer, mean W y + b by a network without hidden layers, and the critic put in closed form
+    state = make(hsivi_sm_posterior, layers=1, hidden=(), critic_hidden=(), batch=200_000, base_dim=2)
+    layer = state.chain.layers[0]
+    with torch.no_grad():
+        layer.net[0].weight.copy_(torch.tensor([[0.2, -0.3], [0.1, 0.4]], dtype=F64))
+        layer.net[0].bias.copy_(torch.tensor([0.4, 0.3], dtype=F64))
+
+    def closed_form(weight, bias, log_sigma):
+        full = weight + layer.skip * torch.eye(2, dtype=F64)
+        covariance = full @ full.T + torch.diag((2 * log_sigma).exp())
+        precision = torch.linalg.inv(covariance)
+        A, c = precision - TRUTH.precision_matrix, precision @ bias - TRUTH.precision_matrix @ TRUTH.loc
+        return (A @ bias - c).square().sum() + (A @ covariance @ A.T).trace(), A, c
+
+    parameters = (layer.net[0].weight, layer.net[0].bias, layer.log_sigma)
+    value, A, c = closed_form(*parameters)
+    expected = torch.autograd.grad(value, parameters)
+    with torch.no_grad():
+        state.critics[0][0].weight.copy_(A)
+        state.critics[0][0].bias.copy_(-c)
+    draws = generator(0, Stream.TRAIN, 1)
+    rollout = hsivi_posterior.roll_out(state.chain, range(1), 200_000, draws)
+    object.__setattr__(state.config, "clip", math.inf)
+    found = hsivi_sm_posterior.chain_step(state, rollout, range(1), draws)
+    assert abs(found["chain_loss"] - float(value)) < 0.05 * float(value)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert float((parameter.grad - gradient).abs().max()) < 0.05 * float(gradient.abs().max())
+
+
+@both
+def test_one_layer_learns_a_conjugate_posterior_and_stays_below_the_evidence(method):
+    settings = {"layers": 1, "steps": 300, "batch": 64, "hidden": (16,), "lr": 1e-2, "components": 1024}
+    if method is hsivi_sm_posterior:
+        settings["critic_hidden"] = (32,)
+    state = make(method, **settings)
+    elbos = [advance(method, state, 1)["elbo"] for _ in range(300)]
+    draws = method.sample(state, NoiseStreams(3, range(4000)))
+    weight = draws.log_prob - draws.log_approx
+    error = float(weight.std()) / math.sqrt(4000)
+    assert float(weight.mean()) < LOG_Z + 4 * error
+    assert float(weight.mean()) > LOG_Z - 0.1
+    tail = torch.tensor(elbos[200:])
+    assert float(tail.mean()) < LOG_Z + 4 * float(tail.std()) / 10
+    assert float(tail.mean()) > elbos[0] + 0.2
+    assert float((draws.z.mean(0) - TRUTH.loc).abs().max()) < 0.15
+    assert float((draws.z.T.cov() - TRUTH.covariance_matrix).abs().max()) < 0.15
+    torch.testing.assert_close((weight - LOG_Z).exp().mean(), torch.tensor(1.0, dtype=F64), rtol=0, atol=0.02)
+
+
+@both
+def test_bridges_go_from_the_base_to_the_target(method):
+    state = make(method, layers=4)
+    torch.testing.assert_close(state.chain.powers, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=F64))
+    if method is hsivi_sm_posterior:
+        rollout = hsivi_posterior.roll_out(state.chain, range(4), 16, generator(0, Stream.TRAIN, 1))
+        x, difference = hsivi_sm_posterior._difference(state, rollout, generator(0, Stream.TRAIN, 2))
+        conditional = (rollout.means - x) * (-2 * rollout.log_sigma).exp().unsqueeze(1)
+        bridge = (difference + conditional).detach()
+        for k, power in enumerate((1.0, 0.75, 0.5, 0.25)):
+            point = x[k].detach().requires_grad_(True)
+            log_p = (1 - power) * hsivi_posterior.log_base(point) + power * CONJUGATE.log_prob(point)
+            torch.testing.assert_close(bridge[k], torch.autograd.grad(log_p.sum(), point)[0])
+
+
+@both
+def test_resumed_run_is_the_straight_run(method):
+    straight, first = make(method), make(method)
+    advance(method, straight, 6)
+    advance(method, first, 3)
+    tree = copy.deepcopy(method.state_dict(first))
+    resumed = make(method, seed=0)
+    method.load_state_dict(resumed, tree)
+    advance(method, resumed, 3)
+    assert resumed.step == 6
+    one, two = (method.sample(state, NoiseStreams(0, range(5))) for state in (straight, resumed))
+    assert torch.equal(one.z, two.z)
+    assert torch.equal(one.log_approx, two.log_approx)
+
+
+@both
+def test_bad_numbers_are_one_clear_line(method):
+    for flag, settings in (("--layers", {"layers": 0}), ("--batch", {"batch": 1}), ("--sigma", {"sigma": 1.5})):
+        with pytest.raises(InputError, match=flag):
+            make(method, **settings)
+
+
+def test_a_target_that_is_nan_stops_the_run():
+    broken = Density("broken", 2, lambda z: z.sum(1) * float("nan"))
+    with pytest.raises(RunError, match="diverged"):
+        advance(hsivi_lb, make(hsivi_lb, broken), 1)
