@@ -90,12 +90,12 @@ class GeometricBridge:
 
     reference: DiagonalGaussian
     target_gradient: Gradient
-    betas: Float[Tensor, " k"]
+    betas: Float[Tensor, "k 1 1"]
     linearise: Callable[[Rows], Linearised]
 
     def gradient(self, k: int, z: Rows) -> Rows:
         """`g_k = (1 - b_k) grad log q + b_k grad log p` at z, k counted from 0."""
-        return torch.lerp(self.reference.gradient(z), self.target_gradient(z), self.betas[k])
+        return torch.lerp(self.reference.gradient(z), self.target_gradient(z), self.betas[k, 0])
 
 
 def geometric_bridge(
@@ -105,4 +105,5 @@ def geometric_bridge(
     linearise: Callable[[Rows], Linearised] | None = None,
 ) -> GeometricBridge:
     """A bridge whose Hessian products come from autograd unless `linearise` is given."""
-    return GeometricBridge(reference, target_gradient, betas, linearise or linearise_by_autograd(target_gradient))
+    products = linearise or linearise_by_autograd(target_gradient)
+    return GeometricBridge(reference, target_gradient, betas[:, None, None], products)

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from typing import Any, TextIO
 
@@ -67,6 +67,13 @@ def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str,
     # off a terminal a row is a line, however long, so that names and hashes can be searched for
     width = None if on_terminal else 10_000
     Console(file=stdout(), highlight=False, width=width).print(table)
+
+
+@contextmanager
+def guarded_stdout() -> Iterator[None]:
+    """Send to stderr what other code prints, such as a user's model file: stdout is for the result alone."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 class Advance:

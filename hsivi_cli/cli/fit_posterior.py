@@ -145,17 +145,18 @@ def fit_posterior(
     destination = open_draws(out, None, force) if out else None
     if plot is not None:
         check_plot_path(plot, force)
-    table = read_source(source)
-    density = open_density(source, table)
-    for fact in density.facts:
-        console.story(fact)
-    with fit_directory(save, source, table, settings, draws, resume) as directory:
-        posterior_fit = _fit(density, settings, directory, resume)
-        calibration = _calibrate(density, settings, sbc) if sbc else None
-        posterior = draw_posterior(posterior_fit, draws, seed)
-        report = report_on(posterior_fit, posterior, calibration, seed)
-        if save is not None:
-            save_fit(directory, posterior_fit, source, table, report)
+    with console.guarded_stdout():
+        table = read_source(source)
+        density = open_density(source, table)
+        for fact in density.facts:
+            console.story(fact)
+        with fit_directory(save, source, table, settings, draws, resume) as directory:
+            posterior_fit = _fit(density, settings, directory, resume)
+            calibration = _calibrate(density, settings, sbc) if sbc else None
+            posterior = draw_posterior(posterior_fit, draws, seed)
+            report = report_on(posterior_fit, posterior, calibration, seed)
+            if save is not None:
+                save_fit(directory, posterior_fit, source, table, report)
     if plot is not None:
         _plot(plot, posterior_fit, posterior, calibration, report)
     show(report, posterior, destination, as_json, {"out": out, "save": str(save) if save else None})

@@ -1,6 +1,7 @@
 """Pictures of a fit (ELBO trace, marginals, pairs) and of its calibration, legible for one parameter or a thousand."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,9 @@ def plot_fit(
         panel.axis("off")
     if pairs:
         _draw_pairs(pairs[0], [columns[j] for j in paired], values[:, paired])
-        left_out = "" if len(columns) == len(paired) else f", {len(paired)} of {len(columns)} parameters"
-        _heading(pairs[0], f"Most correlated{left_out}")
+        all_of_them = len(columns) == len(paired)
+        chosen = f"Most correlated ({len(paired)} of {len(columns)} parameters)"
+        _heading(pairs[0], "Pairs" if all_of_them else chosen)
     left_out = "" if len(columns) == len(shown) else f" ({len(shown)} of {len(columns)} parameters)"
     outlined = ", reference outlined" if truth is not None else ""
     _heading(body, f"Marginals with 90 % interval{outlined}{left_out}")
@@ -309,7 +311,8 @@ def _number(value: float, range_: float) -> str:
 def _save(figure: "Figure", path: Path, title: str) -> None:
     check_plot_path(path, force=True)
     if title:
-        figure.suptitle(title, fontsize=10.5, color=INK, x=0.006, ha="left", parse_math=False)
+        letters = int(figure.get_figwidth() / 0.088)  # of the title's size, on average
+        figure.suptitle(textwrap.fill(title, letters), fontsize=10.5, color=INK, x=0.006, ha="left", parse_math=False)
     kind = path.suffix.lower()[1:]
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=150)

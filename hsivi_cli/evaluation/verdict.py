@@ -24,17 +24,22 @@ ACCEPTANCE_GOOD, ACCEPTANCE_BAD = 0.3, 0.05
 MEMORY_GOOD, MEMORY_BAD = 0.1, 0.3
 DRIFT_GOOD = 0.2
 NON_FINITE_BAD = 0.01
+FEW_REFITS = 100
 _ORDER: dict[Level, int] = {"trust": 0, "care": 1, "no": 2}
 _WORDS: dict[Level, str] = {"trust": "trust", "care": "use with care", "no": "do not use"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the importance weights say. `approximate`: they rest on an estimated density, so k-hat does too."""
+    """What the importance weights say. `approximate`: they rest on an estimated density, so k-hat does too.
+
+    `drawn` is how many draws were weighted, where the reported ones were resampled from more (None: as many).
+    """
 
     khat: float
     ess: float
     approximate: bool = False
+    drawn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Moves:
 
     `ess` the smallest over parameters, `rhat` the largest, `acceptance` the mean rate of the last stage. `memory`: the
     largest correlation over parameters between where a particle started and where it ended. `drift`: the largest
-    distance between the mean before and after, in posterior sd.
+    distance between the mean before and after, in posterior sd. `noise`: what R-hat exceeds 1 by through chance alone,
+    where chains, or islands of particles, are short or small.
     """
 
     ess: float | None = None
@@ -51,6 +57,7 @@ class Moves:
     acceptance: float | None = None
     memory: float | None = None
     drift: float | None = None
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,17 +106,18 @@ def khat_limit(draws: int) -> float:
 
 
 def _of_weights(draws: int, weights: Weights) -> list[_Finding]:
-    limit = khat_limit(draws)
+    drawn = max(weights.drawn or draws, draws)
+    limit = khat_limit(drawn)
     khat = f"k-hat {weights.khat:.2f}"
     found = []
     if weights.khat > limit or math.isnan(weights.khat):
-        cause = "too few draws to tell" if draws < 100 else "the fit is too far from the posterior to be corrected"
-        found.append(_Finding("no", f"{khat} is above {limit:.2f}: {cause}"))
-    elif weights.khat > min(KHAT_GOOD, limit):
+        cause = _TOO_FEW if drawn < 100 else _TOO_FAR
+        return [_Finding("no", f"{khat} is above {limit:.2f}: {cause}")]  # the ESS would only repeat it
+    if weights.khat > min(KHAT_GOOD, limit):
         found.append(_Finding("care", f"{khat} is between {KHAT_GOOD} and {limit:.2f}: the correction is noisy"))
     else:
         found.append(_Finding("trust", khat))
-    found.append(_of_ess(weights.ess, f" of {draws}"))
+    found.append(_of_ess(min(weights.ess, draws), f" of {draws}"))
     if weights.approximate and found[0].level == "trust":
         found.append(_Finding("care", f"{khat} rests on an estimated density, so it is approximate"))
     return found
@@ -118,9 +126,10 @@ def _of_weights(draws: int, weights: Weights) -> list[_Finding]:
 def _of_moves(moves: Moves) -> list[_Finding]:
     found = []
     if moves.rhat is not None:
-        level = _grade(moves.rhat, RHAT_GOOD, RHAT_BAD)
+        limit = RHAT_GOOD + moves.noise
+        level = _grade(moves.rhat, limit, RHAT_BAD + moves.noise)
         text = f"R-hat {moves.rhat:.3f}"
-        found.append(_Finding(level, text if level == "trust" else f"{text} is above {RHAT_GOOD}: chains disagree"))
+        found.append(_Finding(level, text if level == "trust" else f"{text} is above {limit:.3g}: chains disagree"))
     if moves.memory is not None:
         level = _grade(moves.memory, MEMORY_GOOD, MEMORY_BAD)
         text = f"correlation {moves.memory:.2f} with the start"
@@ -167,10 +176,13 @@ def _of_checks(
         text = f"calibration fails for {_listed(calibration.failing) or 'failed refits'}"
         found.append(_Finding("care" if supported else "no", text))
     elif calibration is not None:
-        found.append(_Finding("trust", f"calibrated in {calibration.replications} simulated data sets"))
+        weak = ", too few to see small faults" if calibration.replications < FEW_REFITS else ""
+        found.append(_Finding("trust", f"calibrated in {calibration.replications} simulated data sets{weak}"))
     return found
 
 
+_TOO_FEW = "too few draws to tell, ask for more --draws"
+_TOO_FAR = "the fit is too far from the posterior to be corrected, add --refine smc"
 _UNCHECKED = "no weights and no moves check these draws: add --refine hmc"
 
 

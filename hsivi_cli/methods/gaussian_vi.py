@@ -97,7 +97,7 @@ def fit_gaussian(
 ) -> GaussianFit:
     """Maximise the ELBO on fixed draws from the Gaussian at the mode on; deterministic, a second or so for d <= 50.
 
-    The draws (default: at least 128 and 8 d, mirrored, and transformed to mean 0 and covariance I exactly) make the
+    The draws (default: at least 256 and 8 d, mirrored, and transformed to mean 0 and covariance I exactly) make the
     result exact when the target is Gaussian. Full rank beyond `FULL_RANK_MOST` dimensions keeps the correlations of
     the mode and fits a scale for each principal coordinate. Raises InputError if the posterior is improper.
     """
@@ -115,7 +115,7 @@ def _fit_from(density: Density, covariance: Covariance, base: Affine, seed: int,
     """The best Gaussian that L-BFGS finds from `base`, and its ELBO on fresh draws."""
     dim = density.dim
     full = covariance == "full-rank" and dim <= FULL_RANK_MOST
-    u = moment_matched_normals(draws or max(128, 8 * dim), dim, seed)
+    u = moment_matched_normals(draws or max(256, 8 * dim), dim, seed)
     fitted = _compose(base, *_maximise(density, base, u, full))
     fresh = moment_matched_normals(max(512, 2 * dim), dim, seed + 1)
     z = fitted.forward(fresh)

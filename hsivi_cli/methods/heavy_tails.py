@@ -22,7 +22,7 @@ def student_t_draws(density: Density, start: GaussianFit, degrees: int, noise: N
     Gaussian), with exact importance weights."""
     dim = density.dim
     normals = noise.draw((dim + degrees,)).double()
-    u, scale = normals[:, :dim], 1.0
+    u, scale = normals[:, :dim], normals.new_ones(len(normals), 1)
     if degrees:
         scale = (normals[:, dim:].square().mean(1, keepdim=True)).rsqrt()
     z = start.draw(u * scale)

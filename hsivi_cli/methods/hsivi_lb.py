@@ -76,7 +76,7 @@ def layer_bounds(state: State, active: range, generator: torch.Generator) -> tup
     x = rollout.draw(zeta)
     log_target = state.density.log_prob(x.reshape(-1, dim)).reshape(x.shape[:2])
     power = state.chain.powers[rollout.numbers].unsqueeze(-1)
-    log_p = (1 - power) * hsivi_posterior.log_base(x) + power * log_target
+    log_p = (1 - power) * hsivi_posterior.log_base(x, config.base_scale) + power * log_target
     log_mix = log_mixture(x, rollout.means, rollout.log_sigma, config.extra)
     return surrogate_bound(log_p, log_mix), surrogate_bound(log_target[0], log_mix[0]).detach()
 

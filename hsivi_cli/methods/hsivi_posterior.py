@@ -8,8 +8,9 @@ A marginal q(x_0) is a mixture of infinitely many Gaussians; `sample` estimates 
 """
 
 import copy
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,8 @@ class PosteriorConfig:
     base_dim: int = 0
     residual: bool = True
     sigma: float = 0.5
+    base_scale: float = 1.0
+    bridge_power: float = 1.0
     training: Training = "joint"
     lr: float = 3e-3
     warmup: int = 50
@@ -62,6 +65,14 @@ class Chain:
     averages: nn.ModuleList
     powers: Float[Tensor, " K"]
     base_dim: int
+
+    def layer(self, k: int) -> ConditionalGaussian:
+        """Layer k as it is being trained."""
+        return cast(ConditionalGaussian, self.layers[k])
+
+    def average(self, k: int) -> ConditionalGaussian:
+        """Layer k as a finished fit uses it."""
+        return cast(ConditionalGaussian, self.averages[k])
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything learned in q."""
@@ -114,7 +125,7 @@ def make_chain(dim: int, config: PosteriorConfig) -> Chain:
         )
         for k in range(config.layers)
     )
-    powers = 1 - torch.arange(config.layers, dtype=torch.float64) / config.layers
+    powers = (1 - torch.arange(config.layers, dtype=torch.float64) / config.layers) ** config.bridge_power
     return Chain(layers, copy.deepcopy(layers).requires_grad_(False), powers, base_dim)
 
 
@@ -131,38 +142,34 @@ def rate_at(base: float, step: int, config: PosteriorConfig) -> float:
     schedule = LearningRate(base, config.warmup, config.lr_schedule)
     if config.training == "joint":
         return schedule.at(step, config.steps)
-    window = [s for s in _window(step, config)]
-    return schedule.at(step - window[0] + 1, len(window))
-
-
-def _window(step: int, config: PosteriorConfig) -> range:
-    """The steps that train the same layer as this one."""
     done = config.layers - 1 - active_layers(step, config)[0]
-    first, last = (-(-number * config.steps // config.layers) + 1 for number in (done, done + 1))
-    return range(first, last)
+    before, after = (-(-number * config.steps // config.layers) for number in (done, done + 1))
+    return schedule.at(step - before, after - before)
 
 
 def roll_out(chain: Chain, active: range, chains: int, draws: torch.Generator) -> Rollout:
-    """Walk from the base to the last active layer; a layer's input is the detached output of the one before."""
-    dim = chain.layers[0].dim
+    """Walk from the base to the last active layer; a layer's input is the detached output of the one before.
+
+    Layers that are not being trained are the averaged ones, which a finished fit will use.
+    """
+    dim = chain.layer(0).dim
     x = torch.randn((chains, chain.base_dim), generator=draws, dtype=torch.float64)
     means: list[Tensor] = []
     for k in range(len(chain.layers) - 1, active[0] - 1, -1):
-        layer = chain.layers[k]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k in active):
-            mean = layer(x)
+        layer = chain.layer(k) if k in active else chain.average(k)
+        mean = layer(x)
         if k in active:
             means.append(mean)
         if k > active[0]:
             zeta = torch.randn((chains, dim), generator=draws, dtype=torch.float64)
             x = (mean + layer.log_sigma.exp() * zeta).detach()
-    log_sigma = torch.stack([chain.layers[k].log_sigma for k in active])
+    log_sigma = torch.stack([chain.layer(k).log_sigma for k in active])
     return Rollout(torch.stack(means[::-1]), log_sigma, torch.tensor(active))
 
 
-def log_base(x: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
-    """Log density of N(0, I)."""
-    return torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
+def log_base(x: Float[Tensor, "*k d"], scale: float = 1.0) -> Float[Tensor, "*k"]:
+    """Log density of N(0, scale^2 I)."""
+    return -0.5 * (x / scale).square().sum(-1) - x.shape[-1] * math.log(scale * math.sqrt(2 * math.pi))
 
 
 def update_averages(chain: Chain, active: range, step: int, decay: float) -> None:
@@ -180,10 +187,11 @@ def sample_chain(chain: Chain, density: Density, config: PosteriorConfig, noise:
     with torch.no_grad():
         bank = _bank(chain, config)
         x = noise.draw((chain.base_dim,)).double()
-        for layer in reversed(chain.averages):
+        for k in reversed(range(config.layers)):
+            layer = chain.average(k)
             mean = layer(x)
             x = mean + layer.log_sigma.exp() * noise.draw((density.dim,)).double()
-        log_sigma = chain.averages[0].log_sigma
+        log_sigma = chain.average(0).log_sigma
         own = torch.distributions.Normal(mean, log_sigma.exp()).log_prob(x).sum(-1)
         log_sum = torch.cat(
             [
@@ -191,7 +199,7 @@ def sample_chain(chain: Chain, density: Density, config: PosteriorConfig, noise:
                 for rows, own_rows in zip(x.split(ROWS_AT_ONCE), own.split(ROWS_AT_ONCE), strict=True)
             ]
         )
-        log_approx = log_sum - torch.tensor(float(config.components), dtype=torch.float64).log()
+        log_approx = log_sum - math.log(config.components)
         note = (
             f"log_approx is a semi-implicit estimate, log 1/J sum_j q(x_0 | x_1^(j)) with J = {config.components}, "
             "the draw's own x_1 among them"

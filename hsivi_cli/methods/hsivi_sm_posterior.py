@@ -131,7 +131,7 @@ def _difference(state: State, rollout: Rollout, generator: torch.Generator) -> t
     x = rollout.draw(zeta)
     target_score = state.density.gradient(x.reshape(-1, state.density.dim)).reshape(x.shape)
     power = state.chain.powers[rollout.numbers].reshape(-1, 1, 1)
-    score = (1 - power) * -x + power * target_score
+    score = (1 - power) * -x / state.config.base_scale**2 + power * target_score
     return x, score + zeta * (-rollout.log_sigma).exp().unsqueeze(1)
 
 

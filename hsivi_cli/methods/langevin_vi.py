@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hsivi_cli.bridges.geometric import DiagonalGaussian, GeometricBridge, geometric_bridge, increment_count, schedule
+from hsivi_cli.engine.flat_adam import FlatAdam, flatten
 from hsivi_cli.engine.optimisation import LearningRate, ScheduleName
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
 from hsivi_cli.errors import InputError, RunError
@@ -95,24 +96,21 @@ class State:
     config: Config
     parameters: dict[str, nn.Parameter]
     network: ResidualScore | None
-    optimiser: torch.optim.Optimizer
+    trained: list[nn.Parameter]
+    optimiser: FlatAdam
     dropped: int = 0
     idle: int = 0
     norm: float = 0.0
 
-    def trained(self) -> list[nn.Parameter]:
-        """Every tensor that Adam moves."""
-        return [*self.parameters.values(), *(self.network.parameters() if self.network else ())]
-
 
 @dataclass(frozen=True)
 class Values:
-    """The parameters as the formulas want them; `step` and `damping` (eta or a = gamma step) have shape (K,)."""
+    """The parameters as the formulas want them; `damping` is eta or `a = gamma step`."""
 
     reference: DiagonalGaussian
     betas: Float[Tensor, " k"]
-    step: Float[Tensor, " k"]
-    damping: Float[Tensor, " k"]
+    step: Float[Tensor, "k 1 1"]
+    damping: Float[Tensor, "k 1 1"]
 
 
 def init(
@@ -138,11 +136,10 @@ def init(
         count = config.transitions + (config.kind == "cmcd")  # a control for each end of each transition
         network = ResidualScore(inputs, density.dim, count, generator(config.seed, Stream.INIT))
     fast = 1.0 if config.paper else config.scalar_lr
-    slow = [parameters["mean"], parameters["log_scale"], *(network.parameters() if network else ())]
-    quick = [parameter for name, parameter in parameters.items() if name not in ("mean", "log_scale")]
-    groups = [{"params": slow, "scale": 1.0}, *([{"params": quick, "scale": fast}] if quick else [])]
-    optimiser = torch.optim.Adam(groups, lr=config.lr, fused=True)
-    return State(0, density, config, parameters, network, optimiser)
+    trained = [*parameters.values(), *(network.parameters() if network else ())]
+    scales = [1.0 if name in ("mean", "log_scale") else fast for name in parameters]
+    optimiser = FlatAdam(trained, scales + [1.0] * (len(trained) - len(scales)))
+    return State(0, density, config, parameters, network, trained, optimiser)
 
 
 def _initial_scalars(config: Config) -> dict[str, Tensor]:
@@ -178,8 +175,8 @@ def values(state: State) -> Values:
             damping = damping * step
     else:
         step, increments, damping = step.exp(), increments.exp(), damping.sigmoid()
-    count = (config.transitions,)
-    return Values(reference, schedule(increments, config.bridges), step.expand(count), damping.expand(count))
+    rows = (config.transitions, 1, 1)
+    return Values(reference, schedule(increments, config.bridges), step.expand(rows), damping.expand(rows))
 
 
 def weigh(
@@ -197,7 +194,7 @@ def weigh(
     if kind in OVERDAMPED:
         if kind == "cmcd":
             assert network is not None
-            walk = controlled_walk(z, bridge, at.step, noise[1:], network.at)
+            walk = controlled_walk(z, bridge, at.step, noise[1:], network)
         else:
             walk = overdamped_walk(z, bridge, at.step, noise[1:], network)
         momenta = torch.zeros_like(log_start)
@@ -234,12 +231,13 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
     shape = (config.noise_rows, config.samples_per_step, state.density.dim)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     log_weight = weigh(state, noise)[2]
-    finite = log_weight.detach().isfinite()
-    kept = int(finite.sum())
-    state.dropped += config.samples_per_step - kept
-    if 0 < kept < config.samples_per_step:  # their gradient would be NaN everywhere: walk again without them
-        log_weight = weigh(state, noise[:, finite])[2]
-    elbo = log_weight.mean()
+    elbo, kept = log_weight.mean(), config.samples_per_step
+    if not math.isfinite(elbo.item()):
+        finite = log_weight.isfinite()
+        kept = int(finite.sum())
+        state.dropped += config.samples_per_step - kept
+        if kept:  # a bad row makes every gradient NaN, so the others walk again without it
+            elbo = weigh(state, noise[:, finite])[2].mean()
     norm = _ascend(state, elbo) if kept else math.nan
     state.idle = 0 if math.isfinite(norm) else state.idle + 1
     if state.idle >= PATIENCE:
@@ -247,15 +245,14 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
             f"diverged: {PATIENCE} steps without a finite gradient up to step {state.step}; use a lower --lr, "
             "or check the model where its parameters are large"
         )
-    metrics = {"elbo": elbo.item() if kept else math.nan, "dropped": float(config.samples_per_step - kept)}
-    return metrics | {"gradient_norm": norm, "lr": float(state.optimiser.param_groups[0]["lr"])}
+    return {"elbo": elbo.item(), "gradient_norm": norm, "dropped": float(config.samples_per_step - kept)}
 
 
 def _ascend(state: State, elbo: Float[Tensor, ""]) -> float:
     """One Adam step up; returns the gradient's norm, and does nothing unless that is finite."""
-    config, trained = state.config, state.trained()
-    gradients = torch.autograd.grad(-elbo, trained)
-    norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+    config = state.config
+    gradient = flatten(torch.autograd.grad(elbo, state.trained))
+    norm = gradient.norm().item()
     if not math.isfinite(norm):
         return norm
     rate = config.lr
@@ -263,13 +260,9 @@ def _ascend(state: State, elbo: Float[Tensor, ""]) -> float:
         rate = LearningRate(config.lr, 1, config.lr_schedule).at(min(state.step, config.steps), config.steps)
         limit = OUTLIER * state.norm if state.norm else norm
         if norm > limit:
-            torch._foreach_mul_(gradients, limit / norm)
+            gradient *= limit / norm
         state.norm = 0.95 * state.norm + 0.05 * min(norm, limit) if state.norm else norm
-    for group in state.optimiser.param_groups:
-        group["lr"] = rate * group["scale"]
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        parameter.grad = gradient
-    state.optimiser.step()
+    state.optimiser.ascend(gradient, rate)
     if config.paper:
         _project(state)
     return norm

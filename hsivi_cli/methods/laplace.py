@@ -16,8 +16,9 @@ from hsivi_cli.targets.density import Density
 Kind = Literal["mode", "unbounded", "improper"]
 
 LARGE = 1e8  # responses times dimensions above which one start has to do
-SANE = 1e12  # ratio of the coordinates' scales at a mode that makes sense in float64
+SANE = 1e18  # ratio of the coordinates' scales at a mode that makes sense in float64
 FLOOR = 1e-10  # least curvature kept, relative to the largest, in coordinates of unit curvature
+RUNAWAY = 1e15  # a log density above which a climb is given up
 DISTANCES = (1e2, 1e4, 1e7)  # standard deviations; a proper density falls between two of these
 
 
@@ -177,7 +178,7 @@ def _climb(density: Density, start: Tensor, rounds: int = 4) -> _Summit:
     for _ in range(rounds):
         z = _lbfgs(density, z)
         summit = _newton(density, z)
-        if summit.converged or not bool(summit.z.isfinite().all()):
+        if summit.converged or abs(summit.log_prob) > RUNAWAY:
             break
         z = summit.z
     return summit
@@ -199,7 +200,7 @@ def _lbfgs(density: Density, start: Tensor, iterations: int = 200) -> Tensor:
             best_value, best = value, z[0]
         return value, gradient.double().numpy()
 
-    options = {"maxiter": iterations, "maxcor": 20, "gtol": 1e-7, "ftol": 1e-13}
+    options = {"maxiter": iterations, "maxfun": 3 * iterations, "maxcor": 20, "gtol": 1e-7, "ftol": 1e-13}
     scipy.optimize.minimize(fall, start.numpy(), jac=True, method="L-BFGS-B", options=options)
     return best
 

@@ -20,6 +20,7 @@ from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
+from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
 from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws
 from hsivi_cli.methods.laplace import Mode, find_mode, require_proper
@@ -189,10 +190,10 @@ def _white(density: Density, start: GaussianFit) -> Density:
 def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], resume: bool) -> None:
     steps = fit.state.config.steps
     directory.mkdir(parents=True, exist_ok=True)
-    if resume and (directory / loop.CHECKPOINT).is_file():
+    if resume and (directory / CHECKPOINT).is_file():
         loop.resume(fit.module, fit.state, directory)
     else:
-        (directory / loop.METRICS).unlink(missing_ok=True)
+        (directory / METRICS).unlink(missing_ok=True)
 
     def log(record: dict[str, Any]) -> None:
         fit.trace.append((record["step"], record["elbo"]))

@@ -175,7 +175,7 @@ def _finish(cloud: Cloud, white: Density, budget: Budget, draws: int, log_z: Flo
             harvest(cloud, white.log_prob, white.gradient, clouds, budget.forgotten, budget.gradients), found, quiet
         )
     states = harvest(cloud, white.log_prob, white.gradient, clouds, budget.forgotten, budget.gradients)
-    return _Settled(states, agreement([features(replace(cloud, chains=s)) for s in states], cloud.islands), quiet)
+    return _Settled(states, agreement([features(cloud, state) for state in states], cloud.islands), quiet)
 
 
 def _agree(found: Agreement, cloud: Cloud) -> bool:

@@ -1,5 +1,6 @@
 """A conditional Gaussian layer `q(x_k | x_{k+1}) = N(mu(x_{k+1}), diag sigma^2)` and the small MLPs around it."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ def mlp(sizes: Sequence[int], generator: torch.Generator, *, smooth: bool = True
     Weights and biases start uniform on +-1/sqrt(fan in), drawn from `generator` alone.
     """
     parts: list[nn.Module] = []
-    pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = list(itertools.pairwise(sizes))
     for number, (inputs, outputs) in enumerate(pairs):
         linear = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float64)
         bound = 1 / math.sqrt(inputs)

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hsivi_cli.bridges.geometric import Linearised
+
 EMBEDDING = 20
 
 
@@ -32,14 +34,26 @@ class ResidualScore(nn.Module):
         self.factor = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: Float[Tensor, "k n inputs"]) -> Float[Tensor, "k n outputs"]:
-        """The scores of all transitions, row k of `x` belonging to transition k."""
+        """The scores of the first transitions, row k of `x` belonging to transition k."""
         count, rows, _ = x.shape
-        embedding = self.embedding[:, None].expand(-1, rows, -1)
+        embedding = self.embedding[:count, None].expand(-1, rows, -1)
         return self._layers(torch.cat([x, embedding], 2).flatten(0, 1)).unflatten(0, (count, rows))
 
-    def at(self, k: int, x: Float[Tensor, "n inputs"]) -> Float[Tensor, "n outputs"]:
-        """The scores of one transition, counted from 0."""
-        return self._layers(torch.cat([x, self.embedding[k].expand(len(x), -1)], 1))
+    @torch.no_grad()
+    def linearise(self, k: int, x: Float[Tensor, "n inputs"]) -> Linearised:
+        """The scores of one transition, counted from 0, and the product of rows (n, outputs) with their Jacobians."""
+        start = torch.cat([x, self.embedding[k].expand(len(x), -1)], 1)
+        inner_1 = functional.linear(start, self.weight_1, self.bias_1)
+        hidden = start + functional.softplus(inner_1)
+        inner_2 = functional.linear(hidden, self.weight_2, self.bias_2)
+        hidden = hidden + functional.softplus(inner_2)
+
+        def product(rows: Float[Tensor, "n outputs"]) -> Float[Tensor, "n inputs"]:
+            back = (rows * self.factor.detach()) @ self.weight_3
+            back = torch.addmm(back, back * inner_2.sigmoid(), self.weight_2)
+            return torch.addmm(back, back * inner_1.sigmoid(), self.weight_1)[:, : x.shape[1]]
+
+        return self.factor * functional.linear(hidden, self.weight_3, self.bias_3), product
 
     def _layers(self, hidden: Float[Tensor, "m width"]) -> Float[Tensor, "m outputs"]:
         hidden = hidden + functional.softplus(functional.linear(hidden, self.weight_1, self.bias_1))

@@ -26,9 +26,12 @@ _MOST_LOG_RATE = 34.0  # simulated rates stay below e^34, where float64 still co
 class Family(Protocol):
     """What a response distribution offers; `link` is from the mean to eta, `aux` names its positive parameters."""
 
-    name: str
-    link: str
-    aux: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def link(self) -> str: ...
+    @property
+    def aux(self) -> tuple[str, ...]: ...
 
     def constant(self, y: Rows, trials: Rows | None) -> Rows:
         """The part that depends on the data alone."""

@@ -4,12 +4,15 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from formulae.environment import Environment
+from formulae.expr import Binary, QuotedName
+from formulae.expr import Call as Call_
+from formulae.expr import Variable as Variable_
 from formulae.matrices import DesignMatrices
 from formulae.resolver import Resolver
 from formulae.terms import Call as CallTerm
@@ -18,7 +21,7 @@ from formulae.terms.call_resolver import CallResolver
 from jaxtyping import Float64, Int64
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.formula_syntax import FUNCTIONS, TWO_ARGUMENTS, Syntax, parse_formula, unparse, walk
+from hsivi_cli.targets.formula_syntax import FUNCTIONS, TWO_ARGUMENTS, Syntax, children, parse_formula, unparse, walk
 
 if TYPE_CHECKING:
     import pandas
@@ -109,11 +112,21 @@ def build_design(formula: str, frame: "pandas.DataFrame") -> Design:
     return Design(syntax.text, response_name, y, levels, trials, intercept, names, X, offset, blocks)
 
 
+class _Call(CallTerm):
+    """A function term that equals another by its text; formulae's comparison fails on log(sqrt(x)) + log(x)."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Call) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
 class _Resolver(Resolver):
     """formulae's resolver, with names of function terms that keep their brackets."""
 
     def visitCallExpr(self, expr: Any) -> Any:
-        call = CallTerm(CallResolver(expr).resolve())
+        call = _Call(CallResolver(expr).resolve())
         call.name = unparse(expr)
         return Term(call)
 
@@ -123,6 +136,11 @@ def _prepared(frame: "pandas.DataFrame", syntax: Syntax) -> "pandas.DataFrame":
     import pandas as pd
 
     columns = {}
+    for name in _category_predictors(syntax, frame):
+        if (count := frame[name].nunique()) > MOST_LEVELS:  # refused before a column a category is laid out
+            raise InputError(
+                f'the predictor "{name}" has {count} categories: leave it out, or make it a group effect, (1 | {name})'
+            )
     for name in syntax.columns:
         column = frame[name]
         if column.isna().any():
@@ -140,6 +158,24 @@ def _prepared(frame: "pandas.DataFrame", syntax: Syntax) -> "pandas.DataFrame":
         else:
             raise InputError(f'column "{name}" holds {column.dtype}, neither numbers nor text: convert it first')
     return pd.DataFrame(columns, index=frame.index).reset_index(drop=True)
+
+
+def _category_predictors(syntax: Syntax, frame: "pandas.DataFrame") -> set[str]:
+    """Columns that become categories in a predictor: text, and what is inside C() and its like."""
+    import pandas as pd
+
+    def visit(node: Any, categories: bool) -> Iterator[str]:
+        if isinstance(node, Variable_ | QuotedName):
+            name = unparse(node)
+            if name in frame.columns and (categories or not pd.api.types.is_numeric_dtype(frame[name])):
+                yield name
+            return
+        grouping = isinstance(node, Binary) and node.operator.kind == "PIPE"
+        inside = isinstance(node, Call_) and node.callee.name.lexeme in ("C", "S", "T")
+        for child in children(node)[:1] if grouping else children(node):
+            yield from visit(child, categories or inside)
+
+    return set(visit(syntax.tree.right, False))
 
 
 def _categories(column: "pandas.Series") -> "pandas.Series":
@@ -205,11 +241,6 @@ def _common(
             offset = offset + values[:, 0]
             continue
         labels = [str(label) for label in term.labels]
-        if len(labels) > MOST_LEVELS:
-            raise InputError(
-                f'the predictor "{term.name}" has {len(labels)} categories: leave it out, or make it a group effect, '
-                f"(1 | {term.name})"
-            )
         _check_finite(values, labels, syntax)
         if set(labels) & set(names):
             raise syntax.fail(f'two predictors are named "{(set(labels) & set(names)).pop()}"')

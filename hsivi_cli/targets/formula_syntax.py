@@ -111,21 +111,23 @@ def parse_formula(text: str, columns: Sequence[str]) -> Syntax:
     return Syntax(text, tree, tuple(dict.fromkeys(walker.named)), tuple(dict.fromkeys(walker.whole)))
 
 
+def children(node: Any) -> list[Any]:
+    """The nodes right below one, from left to right."""
+    if isinstance(node, Binary):
+        return [node.left, node.right]
+    if isinstance(node, Unary):
+        return [node.right]
+    if isinstance(node, Grouping):
+        return [node.expression]
+    if isinstance(node, Call):
+        return list(node.args)
+    return [node.value] if isinstance(node, Assign) else []
+
+
 def walk(node: Any) -> Iterator[Any]:
     """All nodes of a syntax tree, the root first."""
     yield node
-    children: list[Any] = []
-    if isinstance(node, Binary):
-        children = [node.left, node.right]
-    elif isinstance(node, Unary):
-        children = [node.right]
-    elif isinstance(node, Grouping):
-        children = [node.expression]
-    elif isinstance(node, Call):
-        children = list(node.args)
-    elif isinstance(node, Assign):
-        children = [node.value]
-    for child in children:
+    for child in children(node):
         yield from walk(child)
 
 
@@ -255,7 +257,7 @@ def _position(node: Any) -> tuple[int, int] | None:
     spans = []
     for inner in walk(node):
         for token in (getattr(inner, name, None) for name in ("name", "operator", "expression")):
-            if hasattr(token, "span"):
+            if token is not None and hasattr(token, "span"):
                 spans.append(token.span)
         if isinstance(inner, Call) and isinstance(inner.callee, Variable):
             spans.append(inner.callee.name.span)

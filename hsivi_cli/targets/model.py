@@ -39,7 +39,8 @@ class Model:
     - `observed`, `simulate(p, generator)`: the response (N,), and one replicated response, for predictive
     - `sample_prior(generator)`: a dict with one prior draw of every parameter, for `--sbc`.
 
-    In the last two, torch.distributions' own `.sample()` is seeded too. Raises InputError for what cannot be a model.
+    In the last two, torch.distributions' own `.sample()` is seeded too; numpy is not. Raises InputError for what cannot
+    be a model.
     """
 
     parameters: Sequence[Parameter]
@@ -123,7 +124,7 @@ def density_of(model: Model, name: str = "model", report: Report | None = None) 
 
     def constrain(z: Batch) -> dict[str, Tensor]:
         values, _ = constrain_all(parameters, z)
-        if model.generated is None:
+        if model.generated is None or len(z) == 0:
             return values
         with torch.no_grad():
             more = run_batched(_generated(model), values, 1, report.vmap_generated, name, (model.generated,))
@@ -178,12 +179,8 @@ def _predictive(model: Model, name: str, report: Report) -> Predictive | None:
     parameters, observed, simulate = tuple(model.parameters), model.observed, model.simulate
 
     def replicate(z: Batch, generator: torch.Generator) -> Float[Tensor, "n N"]:
-        values, _ = constrain_all(parameters, z)
-        rows = []
-        for i in range(len(z)):
-            p = Params({key: value[i].detach() for key, value in values.items()})
-            rows.append(call_simulate(simulate, p, generator, len(observed), name))
-        return torch.stack(rows)
+        values, _ = constrain_all(parameters, z.detach())
+        return call_simulate(simulate, values, generator, len(observed), name, report.vmap_simulate)
 
     def log_likelihood(z: Batch) -> Float[Tensor, "n N"]:
         values, _ = constrain_all(parameters, z)
@@ -191,8 +188,7 @@ def _predictive(model: Model, name: str, report: Report) -> Predictive | None:
         return run_batched(pointwise, values, len(observed), report.vmap, name, (model.log_likelihood,))
 
     def prior(n: int, generator: torch.Generator) -> Batch:
-        draws = [call_sample_prior(model, generator, name) for _ in range(n)]
-        return unconstrain_all(parameters, {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]})
+        return unconstrain_all(parameters, call_sample_prior(model, n, generator, name))
 
     def condition(response: Float[Tensor, " N"]) -> Density:
         # checked once already, and a check per simulated response would cost more than it tells

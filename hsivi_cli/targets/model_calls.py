@@ -2,6 +2,7 @@
 
 import contextlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,38 +79,55 @@ def single_draw(z: Float[Tensor, " d"], parameters: tuple[Parameter, ...]) -> tu
 
 
 def call_simulate(
-    simulate: Callable[..., Any], p: Params, generator: torch.Generator, size: int, name: str
-) -> Float[Tensor, " N"]:
-    """One replicated response of `p`. Raises RunError where it fails or has another shape."""
+    simulate: Callable[..., Any],
+    values: dict[str, Float[Tensor, "n ..."]],
+    generator: torch.Generator,
+    size: int,
+    name: str,
+    vmap: bool,
+) -> Float[Tensor, "n N"]:
+    """One replicated response of each draw. Raises RunError where it fails or has another shape."""
+
+    def one(draw: dict[str, Tensor]) -> Tensor:
+        return as_double(simulate(Params(draw), generator))
+
+    draws = len(next(iter(values.values())))
     try:
-        with user_code(validate=False), _seeded(generator), torch.no_grad():
-            response = as_double(simulate(p, generator))
+        with user_code(validate=False), _seeded(generator), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slow rules for batches
+            if vmap and draws:
+                return torch.func.vmap(one, randomness="different")(values)
+            rows = [one({key: value[i] for key, value in values.items()}) for i in range(draws)]
     except Exception as err:
         raise RunError(f"{name}: simulate raised {describe(err, simulate)}") from err
-    if tuple(response.shape) != (size,):
-        raise RunError(f"{name}: simulate returned shape {tuple(response.shape)}: observed has shape ({size},)")
-    return response
+    for row in rows:
+        if tuple(row.shape) != (size,):
+            raise RunError(f"{name}: simulate returned shape {tuple(row.shape)}: observed has shape ({size},)")
+    return torch.stack(rows) if rows else torch.zeros(0, size, dtype=torch.float64)
 
 
-def call_sample_prior(model: "Model", generator: torch.Generator, name: str) -> dict[str, Tensor]:
-    """One prior draw, every parameter of its shape and inside its support. Raises RunError otherwise."""
+def call_sample_prior(model: "Model", n: int, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+    """`n` prior draws, every parameter (n, *shape) and inside its support. Raises RunError otherwise."""
     assert model.sample_prior is not None
+    rows = []
     try:
         with user_code(validate=False), _seeded(generator), torch.no_grad():
-            drawn = model.sample_prior(generator)
-            found = {key: as_double(value) for key, value in drawn.items()}
+            for _ in range(n):
+                rows.append({key: as_double(value) for key, value in model.sample_prior(generator).items()})
     except Exception as err:
         raise RunError(f"{name}: sample_prior raised {describe(err, model.sample_prior)}") from err
+    found = {}
     for parameter in model.parameters:
-        if parameter.name not in found:
+        if any(parameter.name not in row for row in rows):
             raise RunError(f"{name}: sample_prior returned no {parameter.name!r}: return every parameter")
-        value = found[parameter.name]
-        if tuple(value.shape) != parameter.shape:
-            raise RunError(
-                f"{name}: sample_prior returned shape {tuple(value.shape)} for {parameter.name!r}, "
-                f"whose shape is {parameter.shape}"
-            )
-        if not bool(torch.isfinite(parameter.unconstrain(value[None])).all()):
+        for row in rows:
+            shape = tuple(row[parameter.name].shape)
+            if shape != parameter.shape:
+                raise RunError(
+                    f"{name}: sample_prior returned shape {shape} for {parameter.name!r}, which has {parameter.shape}"
+                )
+        found[parameter.name] = torch.stack([row[parameter.name] for row in rows])
+        if not bool(torch.isfinite(parameter.unconstrain(found[parameter.name])).all()):
             raise RunError(
                 f"{name}: sample_prior returned a {parameter.name!r} outside its support, {parameter.support}"
             )

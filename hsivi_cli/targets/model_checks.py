@@ -39,6 +39,7 @@ class Report:
 
     vmap: bool = True
     vmap_generated: bool = True
+    vmap_simulate: bool = False
     observations: int = 1
     pointwise: bool = False
     facts: tuple[str, ...] = ()
@@ -62,9 +63,9 @@ def check_model(model: "Model", name: str) -> Report:
             facts.append(f"{name} is evaluated draw by draw, slowly: torch.func.vmap cannot batch it ({reason})")
         facts += _check_second_derivatives(model, z[1])
         vmap_generated = _check_generated(model, name, z)
-        _check_draws(model, name, z, draws)
+        vmap_simulate = _check_draws(model, name, z, draws)
     check_proper(model, name, z[1:3], vmap)
-    return Report(vmap, vmap_generated, width, pointwise, tuple(facts))
+    return Report(vmap, vmap_generated, vmap_simulate, width, pointwise, tuple(facts))
 
 
 def _shown(p: Params) -> str:
@@ -274,16 +275,23 @@ def _check_generated(model: "Model", name: str, z: Float[Tensor, "n d"]) -> bool
     return True
 
 
-def _check_draws(model: "Model", name: str, z: Float[Tensor, "n d"], generator: torch.Generator) -> None:
-    """One prior draw and one simulated response."""
-    if model.sample_prior is not None:
-        try:
-            call_sample_prior(model, generator, name)
-        except RunError as err:
-            raise InputError(str(err)) from err
-    if model.simulate is not None and model.observed is not None:
-        p = single_draw(z[1], tuple(model.parameters))[0]
-        try:
-            call_simulate(model.simulate, p, generator, len(model.observed), name)
-        except RunError as err:
-            raise InputError(str(err)) from err
+def _check_draws(model: "Model", name: str, z: Float[Tensor, "n d"], generator: torch.Generator) -> bool:
+    """A few prior draws and simulated responses; whether vmap runs `simulate`."""
+    try:
+        if model.sample_prior is not None:
+            call_sample_prior(model, 3, generator, name)
+        if model.simulate is None or model.observed is None:
+            return False
+        values, _ = constrain_all(tuple(model.parameters), z[1:2].expand(4, -1))
+        arguments = (model.simulate, values, generator, len(model.observed), name)
+        alone = call_simulate(*arguments, vmap=False)
+    except RunError as err:
+        raise InputError(str(err)) from err
+    if bool(torch.isnan(alone).any()):
+        raise InputError(f"{name}: simulate returned NaN")
+    try:
+        together = call_simulate(*arguments, vmap=True)
+    except RunError:
+        return False
+    # numpy's random numbers would be the same in every row; so may small counts by chance, which costs only time
+    return together.shape == alone.shape and len(torch.unique(together, dim=0)) == len(together)

@@ -16,7 +16,8 @@ from jaxtyping import Float64
 from hsivi_cli.errors import InputError
 from hsivi_cli.targets.families import Family
 from hsivi_cli.targets.formula import Design, GroupBlock
-from hsivi_cli.targets.priors import Prior, PriorStatement, make_prior
+from hsivi_cli.targets.prior_grammar import PriorStatement
+from hsivi_cli.targets.priors import Prior, make_prior
 
 _AUX_ALIASES = {"phi": "shape", "df": "nu"}
 
@@ -80,12 +81,15 @@ def choose_priors(
     Raises InputError for a statement that matches nothing, and for a prior that a parameter cannot have.
     """
     used: set[int] = set()
+    aliases = {alias: name for alias, name in _AUX_ALIASES.items() if name in family.aux and alias not in design.names}
+    # these words mean the parameter or class; a predictor of that name is reached as b[name] only
+    words = {"Intercept", "b", "sd", "cor", *family.aux}
 
     def find(*keys: tuple[str | None, str]) -> PriorStatement | None:
         for group, target in keys:  # most specific first
             for i in reversed(range(len(statements))):
                 statement = statements[i]
-                if (statement.group, _AUX_ALIASES.get(statement.target, statement.target)) == (group, target):
+                if (statement.group, aliases.get(statement.target, statement.target)) == (group, target):
                     used.update(
                         j for j, other in enumerate(statements)
                         if (other.group, other.target) == (statement.group, statement.target)
@@ -98,7 +102,7 @@ def choose_priors(
     defaulted: set[str] = set()
     centred = False
     if design.intercept:
-        found = find((None, "Intercept"), ("b", "Intercept"))
+        found = find((None, "Intercept"))
         centred = found is None and bool(design.names)
         if found:
             coefficients.append(_usable(found))
@@ -108,14 +112,15 @@ def choose_priors(
             where = " (default, on the intercept at the predictors' means)" if centred else " (default)"
             facts.append(f"prior Intercept ~ {coefficients[-1].describe()}{where}")
     spreads = column_spreads(design)
-    for name, spread in zip(design.names, spreads, strict=True):
-        found = find(("b", name), (None, name), (None, "b"))
+    reported = coefficient_names(design, family.aux)[int(design.intercept) :]
+    for name, shown, spread in zip(design.names, reported, spreads, strict=True):
+        found = find(("b", name), *([] if name in words else [(None, name)]), (None, "b"))
         if found:
             coefficients.append(_usable(found))
         else:
             defaulted.add(name)
             coefficients.append(make_prior("normal", 0.0, 2.5 * scale.reach / (spread or 1.0)))
-        facts.append(f"prior {name} ~ {coefficients[-1].describe()}{'' if found else ' (default)'}")
+        facts.append(f"prior {shown} ~ {coefficients[-1].describe()}{'' if found else ' (default)'}")
     aux = []
     for name in family.aux:
         found = find((None, name))

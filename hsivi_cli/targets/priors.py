@@ -1,11 +1,10 @@
-"""Prior distributions on one real number: densities with all normalisers, sampling, truncation, and their grammar.
+"""Prior distributions on one real number: densities with all normalisers, sampling and truncation.
 
 Arguments are Stan's: standard deviations and scales, gamma(shape, rate), inverse_gamma(shape, scale),
 exponential(rate), student_t(nu, location, scale). Half forms leave the location out.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,7 @@ from hsivi_cli.errors import InputError
 Values = Float[Tensor, "..."]
 Arguments = Sequence[float] | Sequence[Tensor]
 
-# name -> arguments; the positive ones; where the density lives
+# name -> arguments
 ARGUMENTS = {
     "flat": (),
     "normal": ("location", "scale"),
@@ -35,9 +34,7 @@ ARGUMENTS = {
     "uniform": ("lower", "upper"),
     "lkj": ("eta",),
 }
-_POSITIVE = {"scale", "nu", "shape", "rate", "eta"}
 _REAL_LINE = {"flat", "normal", "student_t", "cauchy"}
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def _log_kernel(name: str, x: Values, a: Arguments) -> Values:
@@ -245,6 +242,48 @@ class Prior:
                 raise ValueError(self.name)
 
 
+class PriorStack:
+    """Independent priors on the k columns of a batch, evaluated together, one pass a kind of distribution."""
+
+    def __init__(self, priors: Sequence[Prior]) -> None:
+        self.priors = tuple(priors)
+        self.log_normaliser = float(sum(prior.log_normaliser for prior in self.priors))
+        self._kinds: list[tuple[str, Tensor, tuple[Tensor, ...]]] = []
+        for name in dict.fromkeys(prior.name for prior in self.priors if prior.name not in ("flat", "uniform")):
+            index = [i for i, prior in enumerate(self.priors) if prior.name == name]
+            columns = zip(*(self.priors[i].arguments for i in index), strict=True)
+            arguments = tuple(torch.tensor(column, dtype=torch.float64) for column in columns)
+            self._kinds.append((name, torch.tensor(index), arguments))
+
+    @property
+    def proper(self) -> bool:
+        """Whether every column has a proper prior."""
+        return all(prior.proper for prior in self.priors)
+
+    def log_density(self, x: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+        """Sum over the columns of their log densities."""
+        total = torch.full((len(x),), self.log_normaliser, dtype=x.dtype)
+        for name, index, arguments in self._kinds:
+            total = total + _log_kernel(name, self._columns(x, index), arguments).sum(1)
+        return total
+
+    def score(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Derivative of `log_density` by each column."""
+        total = torch.zeros_like(x)
+        for name, index, arguments in self._kinds:
+            part = _score_kernel(name, self._columns(x, index), arguments)
+            total = part if len(index) == len(self.priors) else total.index_add(1, index, part)
+        return total
+
+    def sample(self, n: int, generator: torch.Generator) -> Float64[Tensor, "n k"]:
+        """`n` independent rows; raises InputError if a prior is flat."""
+        columns = [prior.sample((n,), generator) for prior in self.priors]
+        return torch.stack(columns, 1) if columns else torch.empty(n, 0, dtype=torch.float64)
+
+    def _columns(self, x: Float[Tensor, "n k"], index: Tensor) -> Float[Tensor, "n m"]:
+        return x if len(index) == len(self.priors) else x.index_select(1, index)
+
+
 def make_prior(name: str, *arguments: float) -> Prior:
     """A Prior by its name in ARGUMENTS, with its natural support; half forms are cut at 0 and renormalised."""
     if name.startswith("half_"):
@@ -255,53 +294,3 @@ def make_prior(name: str, *arguments: float) -> Prior:
     if name == "uniform":
         return Prior(name, arguments, lower=arguments[0], upper=arguments[1])
     return Prior(name, arguments, lower=0.0)
-
-
-@dataclass(frozen=True)
-class PriorStatement:
-    """One `--prior`: the class (`b`, `sigma`) or coefficient (`b[mom_iq]` gives target `mom_iq`, group `b`)."""
-
-    target: str
-    group: str | None
-    prior: Prior
-    text: str
-
-
-def parse_prior(text: str) -> PriorStatement:
-    """Read `b=normal(0,10)`, `b[mom_iq]=flat`, `sigma=half_cauchy(2.5)`; raises InputError with the spot >>so<<."""
-    # names of coefficients may hold brackets and comparisons, so the last lone "=" divides
-    target, found, right = text.rpartition("=")
-    target, body = target.strip(), right.strip()
-    if not found or not target:
-        raise InputError(f'--prior >>{text}<<: write name=distribution(arguments), as in "b=normal(0,10)"')
-    match = re.fullmatch(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", body, re.DOTALL)
-    if match is None:
-        raise InputError(f"--prior {target}=>>{body}<<: write distribution(arguments), as in normal(0,10)")
-    name, inner = match.group(1), match.group(2)
-    if name not in ARGUMENTS:
-        raise InputError(f"--prior {target}=>>{name}<<{body[len(name) :]}: unknown, choose {', '.join(ARGUMENTS)}")
-    pieces = [piece.strip() for piece in inner.split(",")] if inner and inner.strip() else []
-    arguments = tuple(_number(piece, i, target, name, pieces) for i, piece in enumerate(pieces))
-    wanted = ARGUMENTS[name]
-    if name.startswith("half_") and len(arguments) == len(wanted) + 1 and arguments[-2] == 0:
-        arguments = (*arguments[:-2], arguments[-1])  # a location of 0, as half_normal(0, 1)
-    if len(arguments) != len(wanted):
-        raise InputError(
-            f"--prior {target}=>>{body}<<: {name} takes "
-            + (f"{len(wanted)} arguments, {name}({', '.join(wanted)})" if wanted else "no arguments")
-        )
-    for value, meaning in zip(arguments, wanted, strict=True):
-        if meaning in _POSITIVE and value <= 0:
-            raise InputError(f"--prior {target}=>>{body}<<: the {meaning} must be positive, not {value:g}")
-    if name == "uniform" and arguments[0] >= arguments[1]:
-        raise InputError(f"--prior {target}=>>{body}<<: the lower end must be below the upper one")
-    bracket = re.fullmatch(r"(b|sd)\[(.+)\]", target, re.DOTALL)
-    group, target = (bracket.group(1), bracket.group(2).strip()) if bracket else (None, target)
-    return PriorStatement(target, group, make_prior(name, *arguments), text)
-
-
-def _number(piece: str, position: int, target: str, name: str, pieces: list[str]) -> float:
-    if _NUMBER.fullmatch(piece) and math.isfinite(float(piece)):
-        return float(piece)
-    marked = ", ".join(f">>{p}<<" if i == position else p for i, p in enumerate(pieces))
-    raise InputError(f"--prior {target}={name}({marked}): not a number")

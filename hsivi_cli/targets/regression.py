@@ -20,7 +20,8 @@ from hsivi_cli.targets.families import Family, check_response, family_named, gue
 from hsivi_cli.targets.formula import Design, build_design, default_formula, formula_columns
 from hsivi_cli.targets.group_effects import GroupEffects
 from hsivi_cli.targets.prior_choice import choose_priors, coefficient_names, response_scale
-from hsivi_cli.targets.priors import PriorStack, PriorStatement, parse_prior
+from hsivi_cli.targets.prior_grammar import PriorStatement, parse_prior
+from hsivi_cli.targets.priors import PriorStack
 from hsivi_cli.targets.regression_checks import check_posterior, check_response_varies
 from hsivi_cli.targets.regression_coordinates import aux_coordinates, coefficient_map
 from hsivi_cli.targets.regression_model import Regression

@@ -40,13 +40,18 @@ def check_posterior(X: Matrix, design: Design, family: Family, priors: ChosenPri
     flat = np.array([not prior.proper for prior in priors.coefficients], bool)
     names = (("Intercept",) if design.intercept else ()) + design.names
     # columns have the same lengths and dependencies in the small factor R as over a million rows; the response is last
-    R = np.linalg.qr(np.concatenate([X, (design.y - design.offset)[:, None]], 1), mode="r")
+    R = np.asarray(np.linalg.qr(np.concatenate([X, (design.y - design.offset)[:, None]], 1), mode="r"))
     columns, response = R[:, : X.shape[1]], R[:, X.shape[1]]
     means = X.mean(0) if design.intercept else None
     facts = _constant_columns(design, priors)
     rank = _independent_flat(len(X), columns, means, flat, names)
     facts += _dependent_facts(len(X), columns, means, design, priors, names)
     _check_scales(len(X), design, family, priors, rank)
+    facts += [
+        f"every row is its own group of {block.factor}: data hardly tell sd_{block.factor} from sigma"
+        for block in design.groups
+        if family.link == "identity" and len(block.levels) == len(X)
+    ]
     if family.link == "identity" and not design.groups:
         _check_exact(len(X), _scaled(columns, means), response, design, priors)
     if family.link in ("logit", "log"):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -110,11 +111,9 @@ class Parameter:
         """Check the fields; a whole number as `shape` means a vector."""
         if not isinstance(self.name, str) or not self.name.isidentifier():
             raise InputError(f"parameter name {self.name!r}: use letters, digits and underscores, no digit first")
-        shape = (self.shape,) if isinstance(self.shape, int) else self.shape
-        try:
-            shape = tuple(shape)
-        except TypeError:
-            shape = ("?",)
+        shape: tuple[Any, ...] = (self.shape,)
+        if not isinstance(self.shape, int):
+            shape = tuple(self.shape) if isinstance(self.shape, list | tuple) else ("?",)
         if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in shape):
             raise InputError(f"parameter {self.name!r}: shape {self.shape!r} is not a tuple of positive whole numbers")
         object.__setattr__(self, "shape", shape)
@@ -149,7 +148,7 @@ class Parameter:
             return u, u.new_zeros(len(u))
         value = self.transform(u)
         jacobian = self.transform.log_abs_det_jacobian(u, value)
-        return value, jacobian.reshape(len(u), -1).sum(1)
+        return value, jacobian.reshape(len(u), math.prod(jacobian.shape[1:])).sum(1)
 
     def unconstrain(self, value: Float[Tensor, "n ..."]) -> Float[Tensor, "n size"]:
         """The inverse of `constrain`; not finite where `value` is on or beyond the edge of the support."""

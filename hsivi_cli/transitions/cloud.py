@@ -68,25 +68,27 @@ def settle(
     must not have moved while it forgot, or it has to forget once more. Gives up after `gradients` evaluations.
     """
     cloud.chains = start_chains(cloud.chains.z, log_prob, gradient)
-    cloud.centre, cloud.scale = cloud.chains.z.mean(0), shrunk_factor(cloud.chains.z)
+    _measure(cloud)
     forgotten = max(forgotten, 4 / math.sqrt(len(cloud.chains.z)))  # no correlation is not measured as 0
-    before, stretch, done = features(cloud), 1.0, 0
+    start, stretch, done, since = cloud.chains, 1.0, 0, 0
     most = cloud.gradients + gradients
     while cloud.gradients < most:
-        done += 1
+        done, since = done + 1, since + 1
         cloud.leapfrogs = max(1, min(round(stretch * QUARTER_PERIOD / cloud.step), LEAPFROGS_MOST))
         acceptance = _move(cloud, log_prob, gradient)
         cloud.step = adapt_step(cloud.step, acceptance, done)
-        now = features(cloud)
+        before, now = features(cloud, start), features(cloud)
         cloud.memory = correlation(before, now)
         if cloud.memory < forgotten:
             if moves or drift(before, now) < STILL:
                 return True
-            before = now
-        if done == moves or (done >= STUCK_AFTER and cloud.memory > STUCK):
+            start, since = cloud.chains, 0
+        if done == moves or (since >= STUCK_AFTER and cloud.memory > STUCK):
             return False
-        if done % 8 == 0:  # slow: longer trajectories
+        if since and since % 8 == 0:  # slow, or wide of the mark at first
             stretch = min(1.5 * stretch, 4.0)
+        if done & (done - 1) == 0:  # after 1, 2, 4, ... moves: the cloud may have changed its shape
+            _measure(cloud)
     return False
 
 
@@ -116,10 +118,16 @@ def _move(cloud: Cloud, log_prob: LogProb, gradient: Gradient) -> Float[Tensor, 
     return moved.acceptance
 
 
-def features(cloud: Cloud) -> Float[Tensor, "n f"]:
-    """What is watched: the coordinates in the cloud's own shape, their squares, and the log density."""
-    v = torch.linalg.solve_triangular(cloud.scale, (cloud.chains.z - cloud.centre).T, upper=False).T
-    return torch.cat([v, v**2, cloud.chains.log_prob[:, None]], 1)
+def _measure(cloud: Cloud) -> None:
+    cloud.centre, cloud.scale = cloud.chains.z.mean(0), shrunk_factor(cloud.chains.z)
+
+
+def features(cloud: Cloud, chains: Chains | None = None) -> Float[Tensor, "n f"]:
+    """What is watched of the cloud's chains, or of these: the coordinates in the cloud's own shape, their squares, and
+    the log density."""
+    chains = cloud.chains if chains is None else chains
+    v = torch.linalg.solve_triangular(cloud.scale, (chains.z - cloud.centre).T, upper=False).T
+    return torch.cat([v, v**2, chains.log_prob[:, None]], 1)
 
 
 def correlation(before: Float[Tensor, "n f"], now: Float[Tensor, "n f"]) -> float:

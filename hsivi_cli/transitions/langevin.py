@@ -4,8 +4,8 @@ Geffner & Domke 2023 (arXiv 2208.07743): whatever the backward kernels B_k are, 
 `E exp(log p(z_end) - log q(z_1) + sum_k log B_k - log F_k) = Z` (with the momenta's own terms where there are any).
 The forward walk does not look at the score network, so the network sees the states of all K transitions in one batch.
 
-Shapes: K transitions, n draws, d dimensions; the noise is (K, n, d). `score` maps (K, n, d) states, transition k in row
-k, to (K, n, d); leaving it out means zero.
+Shapes: K transitions, n draws, d dimensions; the noise is (K, n, d), a number of each transition (K, 1, 1). `score`
+maps (K, n, d) states, transition k in row k, to (K, n, d); leaving it out means zero.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.bridges.geometric import GeometricBridge
-from hsivi_cli.transitions.bridge_path import Moves, walk_path
+from hsivi_cli.bridges.geometric import GeometricBridge, Rows
+from hsivi_cli.transitions.recursion import Recursion, run_recursion
 
+Number = Float[Tensor, "k 1 1"]
 States = Float[Tensor, "k n d"]
 PositionScore = Callable[[States], States]
 PhaseScore = Callable[[States, States], States]
@@ -30,68 +31,69 @@ class Walk:
     `momentum` is the last one, None if overdamped.
     """
 
-    z: Float[Tensor, "n d"]
-    target_gradient: Float[Tensor, "n d"]
+    z: Rows
+    target_gradient: Rows
     log_ratio: Float[Tensor, " n"]
-    momentum: Float[Tensor, "n d"] | None = None
+    momentum: Rows | None = None
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """Momentum refresh `rho' ~ N(keep rho, variance)` and the backward `rho ~ N(keep rho' + push s, variance)`.
+    """Momentum refresh `rho' ~ N(keep rho, variance)`, and backward `rho ~ N(backward_keep rho' + push s, ...)`.
 
-    Every entry is a tensor of shape (K,), one number a transition.
+    `log_volume` is half the log of the forward over the backward variance; None where they are the same.
     """
 
-    keep: Float[Tensor, " k"]
-    variance: Float[Tensor, " k"]
-    backward_keep: Float[Tensor, " k"]
-    backward_variance: Float[Tensor, " k"]
-    backward_push: Float[Tensor, " k"]
+    keep: Number
+    variance: Number
+    backward_keep: Number
+    backward_variance: Number
+    backward_push: Number
+    log_volume: Number | None = None
 
 
-def exact_refresh(eta: Float[Tensor, " k"]) -> Refresh:
+def exact_refresh(eta: Number) -> Refresh:
     """The Ornstein-Uhlenbeck step solved exactly, reversible at N(0, I): UHA at s = 0."""
-    variance = 1 - eta**2
+    variance = 1 - eta * eta
     return Refresh(eta, variance, eta, variance, 2 * (1 - eta))
 
 
-def euler_refresh(a: Float[Tensor, " k"]) -> Refresh:
+def euler_refresh(a: Number) -> Refresh:
     """Euler-Maruyama with `a = gamma step` in both directions: LDVI. Needs 0 < a < 1."""
-    return Refresh(1 - a, 2 * a, 1 - a, 2 * a, 2 * a)
+    keep, variance = 1 - a, 2 * a
+    return Refresh(keep, variance, keep, variance, variance)
 
 
-def mixed_refresh(a: Float[Tensor, " k"]) -> Refresh:
+def mixed_refresh(a: Number) -> Refresh:
     """The exact step forward (`eta = exp(-a)`), Euler-Maruyama backward."""
-    return Refresh((-a).exp(), -torch.expm1(-2 * a), 1 - a, 2 * a, 2 * a)
+    forward, backward = -torch.expm1(-2 * a), 2 * a
+    return Refresh((-a).exp(), forward, 1 - a, backward, backward, 0.5 * (forward / backward).log())
 
 
 def overdamped_walk(
-    z: Float[Tensor, "n d"],
-    bridge: GeometricBridge,
-    step: Float[Tensor, " k"],
-    noise: States,
-    score: PositionScore | None = None,
+    z: Rows, bridge: GeometricBridge, step: Number, noise: States, score: PositionScore | None = None
 ) -> Walk:
     """Unadjusted Langevin steps `z' = z + e g_k(z) + sqrt(2 e) xi`: ULA, and MCD with a score.
 
     The backward kernel is `N(z' + e g_k(z') + e S_k(z'), 2 e)` (S as in the released code; the paper's is S / 2). With
     `xi' = xi + sqrt(e / 2) (g_k(z) + g_k(z') + S_k(z'))` the log ratio of the two kernels is `(|xi|^2 - |xi'|^2) / 2`.
     """
-    half, none = (step / 2).sqrt(), torch.zeros_like(step)
-    path = walk_path(z, torch.zeros_like(z), bridge, Moves(none, half, 2 * half, none), noise)
-    before, after = path.bridge_gradients(bridge)
-    drift = before + after
+    root = (step / 2).sqrt()  # z' = z + 2 root h with h = xi + root g_k(z)
+    pull, push = pull_and_push(bridge, root)
+    kick = torch.addcmul(noise, pull, bridge.reference.mean)
+    recursion = Recursion(kick, torch.zeros_like(root), pull, push, 2 * root)
+    path = run_recursion(z, recursion, bridge)
+    backward = path.h + bridge_gradient(bridge, pull, push, path.z[1:], path.gradient[1:])
     if score is not None:
-        drift = drift + score(path.z[1:])
-    return Walk(path.z[-1], path.target_gradient[-1], _log_ratio(noise, torch.addcmul(noise, _rows(half), drift)))
+        backward = torch.addcmul(backward, root, score(path.z[1:]))
+    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, backward))
 
 
 def underdamped_walk(
-    z: Float[Tensor, "n d"],
-    rho: Float[Tensor, "n d"],
+    z: Rows,
+    rho: Rows,
     bridge: GeometricBridge,
-    step: Float[Tensor, " k"],
+    step: Number,
     refresh: Refresh,
     noise: States,
     score: PhaseScore | None = None,
@@ -101,59 +103,78 @@ def underdamped_walk(
     Leapfrog preserves volume and can be undone, so only the refresh counts: the log ratio of a transition is
     `log mB(rho | rho', z) - log mF(rho' | rho)`. The score sees the position before leapfrog and the fresh momentum.
     """
-    kick = _rows(refresh.variance.sqrt()) * noise
-    path = walk_path(z, rho, bridge, Moves(refresh.keep, step / 2, step, step / 2), kick)
-    before = path.rho[:-1]
-    fresh = torch.addcmul(kick, before, _rows(refresh.keep))
-    residual = torch.addcmul(before, fresh, _rows(refresh.backward_keep), value=-1)
+    half, spread = step / 2, refresh.variance.sqrt() * noise
+    pull, push = pull_and_push(bridge, half)
+    # h is the momentum between leapfrog's kicks: the second kick and the next refresh belong to the next step
+    all_pull = torch.cat([pull[:1], pull[1:] + refresh.keep[1:] * pull[:-1]])
+    all_push = torch.cat([push[:1], push[1:] + refresh.keep[1:] * push[:-1]])
+    kick = torch.addcmul(spread, all_pull, bridge.reference.mean)
+    kick = torch.cat([torch.addcmul(kick[:1], rho, refresh.keep[:1]), kick[1:]])
+    recursion = Recursion(kick, refresh.keep, all_pull, all_push, step.expand_as(push))
+    path = run_recursion(z, recursion, bridge)
+    after = path.h + bridge_gradient(bridge, pull, push, path.z[1:], path.gradient[1:])
+    before = torch.cat([rho[None], after[:-1]])
+    fresh = torch.addcmul(spread, before, refresh.keep)
+    residual = torch.addcmul(before, fresh, refresh.backward_keep, value=-1)
     if score is not None:
-        residual = torch.addcmul(residual, score(path.z[:-1], fresh), _rows(refresh.backward_push), value=-1)
-    volume = 0.5 * noise.shape[2] * (refresh.variance / refresh.backward_variance).log().sum()
-    log_ratio = _log_ratio(noise, residual * _rows(refresh.backward_variance.rsqrt())) + volume
-    return Walk(path.z[-1], path.target_gradient[-1], log_ratio, path.rho[-1])
+        residual = torch.addcmul(residual, score(path.z[:-1], fresh), refresh.backward_push, value=-1)
+    ratio = log_ratio(noise, residual * refresh.backward_variance.rsqrt())
+    if refresh.log_volume is not None:
+        ratio = ratio + noise.shape[2] * refresh.log_volume.sum()
+    return Walk(path.z[-1], path.gradient[-1], ratio, after[-1])
 
 
 def euler_walk(
-    z: Float[Tensor, "n d"],
-    rho: Float[Tensor, "n d"],
+    z: Rows,
+    rho: Rows,
     bridge: GeometricBridge,
-    step: Float[Tensor, " k"],
-    a: Float[Tensor, " k"],
+    step: Number,
+    a: Number,
     noise: States,
     score: PhaseScore | None = None,
 ) -> Walk:
     """Plain Euler-Maruyama for the underdamped diffusion (section 5.2 of the paper): UHA-EM, and LDVI-EM with a score.
 
     Forward `rho' ~ N((1 - a) rho + d g_k(z), 2 a)`, `z' = z + d rho'`; backward the position first, then
-    `rho ~ N((1 - a) rho' - d g_k(z) + 2 a s_k(z, rho'), 2 a)`.
+    `rho ~ N((1 - a) rho' - d g_k(z) + 2 a s_k(z, rho'), 2 a)`. The residual of the latter over its spread is
+    `sqrt(a / 2) (rho + rho' - 2 s) - xi`, g_k having dropped out.
     """
-    spread, keep = _rows((2 * a).sqrt()), 1 - a
-    path = walk_path(z, rho, bridge, Moves(keep, step, step, torch.zeros_like(step)), spread * noise)
-    before, after = path.rho[:-1], path.rho[1:]
-    residual = before - _rows(keep) * after + _rows(step) * path.bridge_gradients(bridge)[0]
+    keep = 1 - a
+    pull, push = pull_and_push(bridge, step)
+    kick = torch.addcmul((2 * a).sqrt() * noise, pull, bridge.reference.mean)
+    kick = torch.cat([torch.addcmul(kick[:1], rho, keep[:1]), kick[1:]])
+    path = run_recursion(z, Recursion(kick, keep, pull, push, step), bridge)
+    total = torch.cat([rho[None], path.h[:-1]]) + path.h
     if score is not None:
-        residual = residual - _rows(2 * a) * score(path.z[:-1], after)
-    return Walk(path.z[-1], path.target_gradient[-1], _log_ratio(noise, residual / spread), path.rho[-1])
+        total = torch.add(total, score(path.z[:-1], path.h), alpha=-2)
+    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, (a / 2).sqrt() * total - noise), path.h[-1])
 
 
-def undo_leapfrog(
-    z: Float[Tensor, "n d"], rho: Float[Tensor, "n d"], bridge: GeometricBridge, k: int, step: Float[Tensor, ""]
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+def undo_leapfrog(z: Rows, rho: Rows, bridge: GeometricBridge, k: int, step: Float[Tensor, ""]) -> tuple[Rows, Rows]:
     """`(z_k, rho'_k)` from `(z_{k+1}, rho_{k+1})`: the inverse of one leapfrog step on bridge k, counted from 0."""
     half = rho - step / 2 * bridge.gradient(k, z)
     start = z - step * half
     return start, half - step / 2 * bridge.gradient(k, start)
 
 
-def log_momentum_ratio(first: Float[Tensor, "n d"], last: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+def log_momentum_ratio(first: Rows, last: Rows) -> Float[Tensor, " n"]:
     """`log N(last; 0, I) - log N(first; 0, I)`, which a walk with momenta adds to its weight."""
     return 0.5 * (first.square().sum(1) - last.square().sum(1))
 
 
-def _rows(values: Float[Tensor, " k"]) -> Float[Tensor, "k 1 1"]:
-    return values[:, None, None]
+def pull_and_push(bridge: GeometricBridge, size: Number) -> tuple[Float[Tensor, "k 1 d"], Number]:
+    """`size g_k(z) = pull (mean - z) + push G(z)`."""
+    push = size * bridge.betas
+    return (size - push) * (-2 * bridge.reference.log_scale).exp(), push
 
 
-def _log_ratio(forward_noise: States, backward_noise: States) -> Float[Tensor, " n"]:
+def bridge_gradient(
+    bridge: GeometricBridge, pull: Float[Tensor, "k 1 d"], push: Number, z: States, gradient: States
+) -> States:
+    """The same at the states of a path."""
+    return torch.addcmul(pull * (bridge.reference.mean - z), push, gradient)
+
+
+def log_ratio(forward_noise: States, backward_noise: States) -> Float[Tensor, " n"]:
     """Sum over the transitions of `log N(backward_noise; 0, I) - log N(forward_noise; 0, I)`."""
-    return 0.5 * (forward_noise.square().sum((0, 2)) - backward_noise.square().sum((0, 2)))
+    return 0.5 * torch.sub(forward_noise.square(), backward_noise.square()).sum((0, 2))

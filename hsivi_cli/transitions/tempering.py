@@ -88,7 +88,7 @@ def systematic_resample(
     edges = share.cumsum(-1)
     edges = edges / edges[..., -1:]  # rounding must not leave the last position beyond the last edge
     positions = (torch.arange(count, dtype=torch.float64) + uniform.double()[..., None]) / count
-    return torch.searchsorted(edges, positions.contiguous(), right=True).clamp_max(log_weight.shape[-1] - 1)
+    return torch.searchsorted(edges, positions.clamp_max(math.nextafter(1.0, 0.0)), right=True)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,13 @@ def test_weighted_quantiles_are_monotone_symmetric_and_within_range(seed, n):
     np.testing.assert_allclose(weighted_quantiles(-x, weight, 1 - grid), -found, atol=1e-12)
 
 
+def test_draws_of_no_weight_do_not_stretch_the_quantiles():
+    x, weight = np.array([1.0, 2.0, 3.0]), np.array([0.2, 0.5, 0.3])
+    grid = np.linspace(0, 1, 11)
+    far = weighted_quantiles(np.array([-99.0, 1.0, 2.0, 2.5, 3.0, 99.0]), np.array([0, 0.2, 0.5, 0, 0.3, 0]), grid)
+    np.testing.assert_allclose(far, weighted_quantiles(x, weight, grid), atol=1e-12)
+
+
 def test_heavy_tailed_parameters_have_their_own_khat():
     # the weights are harmless; the second parameter's tail is not
     log_weight = 0.1 * normals(4000, 1)[:, 0]

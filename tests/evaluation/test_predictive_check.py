@@ -74,6 +74,21 @@ def test_counts_have_their_zeros_checked():
     assert found["zeros"].p < 0.005
     assert found["zeros"].observed == pytest.approx(float((observed == 0).double().mean()))
     assert not found["mean"].extreme
+    scores = (100 + 15 * OBSERVED).round()  # whole numbers, but the model's are not
+    check = check_predictive(draws_near(0.0, 0.0), scores, lambda z, g: 100 + 15 * normal(z, g), generator())
+    assert "zeros" not in by_name(check)
+
+
+def test_few_replications_raise_no_false_alarm_but_see_what_is_far_off():
+    alarms = 0
+    for seed in range(150):
+        observed = torch.randn(200, generator=generator(seed), dtype=torch.float64)
+        truth = torch.zeros(20, 2, dtype=torch.float64)
+        alarms += len(check_predictive(truth, observed, normal, generator(seed + 1)).extremes)
+    assert alarms <= 2  # without caution one in 21 of 600 on either side
+    assert "mean" in {
+        s.name for s in check_predictive(draws_near(1.0, 0.0, 20), OBSERVED, normal, generator()).extremes
+    }
 
 
 def test_statistics_without_spread_are_no_sign_of_anything():

@@ -24,8 +24,8 @@ def predictive(shift):
     return check_predictive(torch.zeros(500, 1), y, simulate, torch.Generator().manual_seed(1))
 
 
-def calibration(right):
-    ranks = np.random.default_rng(0).integers(0, 100 if right else 60, (100, 2))
+def calibration(right, refits=100):
+    ranks = np.random.default_rng(0).integers(0, 100 if right else 60, (refits, 2))
     return judge_ranks(["alpha", "beta"], ranks, 99)
 
 
@@ -77,6 +77,21 @@ def test_worse_evidence_never_earns_a_better_level(khat, worse, ess, fewer, brok
     assert "\n" not in after.line
 
 
+def test_resampling_from_more_draws_counts_for_the_limit_and_not_for_the_ess():
+    verdict = judge(200, Weights(0.55, 9000.0, drawn=20_000))
+    assert verdict.level == "care"  # 200 draws alone could not tell
+    assert "between 0.5 and 0.70" in verdict.line
+    assert "200 effective draws of 200" in verdict.line
+    assert judge(200, Weights(0.6, 90.0)).level == "no"
+
+
+def test_a_bad_khat_says_what_to_do_next_once():
+    verdict = judge(4000, Weights(1.3, 5.0))
+    assert verdict.line == (
+        "do not use: k-hat 1.30 is above 0.70: the fit is too far from the posterior to be corrected, add --refine smc"
+    )
+
+
 def test_nothing_checked_is_never_trusted():
     verdict = judge(4000)
     assert verdict.level == "care"
@@ -111,6 +126,8 @@ def test_moves_that_arrived_replace_bad_weights_and_good_weights_need_no_moves()
         (Moves(rhat=1.0, ess=50.0), "care"),
         (Moves(ess=4000.0, acceptance=0.9), "care"),  # high acceptance alone is no arrival
         (Moves(rhat=math.nan), "no"),
+        (Moves(rhat=1.03, noise=0.03), "trust"),
+        (Moves(rhat=1.2, noise=0.03), "no"),
     ],
 )
 def test_levels_of_moves(moves, level):
@@ -136,6 +153,8 @@ def test_predictive_extremes_blame_the_model_only_where_the_fit_is_supported():
 
 def test_calibration():
     assert "calibrated in 100 simulated" in judge(4000, GOOD, calibration=calibration(True)).line
+    assert "too few" in judge(4000, GOOD, calibration=calibration(True, 20)).line
+    assert "too few" not in judge(4000, GOOD, calibration=calibration(True)).line
     failed = judge(4000, GOOD, calibration=calibration(False))
     assert failed.level == "care"
     assert "alpha" in failed.line

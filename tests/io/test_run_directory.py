@@ -69,7 +69,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / METRICS))
     with pytest.raises(RunError, match=r"disk is full, .*metrics\.jsonl was not written: make room and try again$"):
         fail(tmp_path / "run", full)
-    with pytest.raises(RunError, match="disk is full.*--resume"):
+    with pytest.raises(RunError, match=r"disk is full.*--resume"):
         fail(tmp_path / "run", full, [CHECKPOINT])
 
 

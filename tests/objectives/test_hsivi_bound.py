@@ -1,5 +1,6 @@
 """HSIVI-LB against closed forms of linear-Gaussian layers, HSIVI-SM against the Fisher divergence of Gaussians."""
 
+import itertools
 import math
 
 import pytest
@@ -80,7 +81,7 @@ def test_bound_tends_to_the_closed_form_elbo_and_rises_with_j():
     elbo = closed_form_elbo()
     bounds = {J: (log_p - log_mix_of(x, means, J)).flatten() for J in (0, 1, 4, 16, 256)}
     ladder = list(bounds.values())
-    for lower, higher in zip(ladder[:-1], ladder[1:], strict=True):
+    for lower, higher in itertools.pairwise(ladder):
         rise, error = mean_and_error(higher - lower)  # paired: the same x and nested components
         assert rise > 4 * error
     # J = 0 in closed form: E log p minus the layer's negative entropy

@@ -46,24 +46,23 @@ def bridge(count=K):
 
 
 def each(value, count=K):
-    return torch.full((count,), value, dtype=torch.float64)
+    return torch.full((count, 1, 1), value, dtype=torch.float64)
 
 
 def moments(log_weight, size):
-    """Mean, sd and log E exp of a quadratic form in `size` standard normals, and the eigenvalues of `I - H`."""
+    """Mean, sd and log E exp of a quadratic form in `size` standard normals, and the eigenvalues of `I - H`.
 
-    def derivative(at):
-        point = at.requires_grad_(True)
-        return torch.autograd.grad(log_weight(point), point)[0]
-
-    zero = torch.zeros(size, dtype=torch.float64)
-    value, gradient = log_weight(zero), derivative(zero)
-    hessian = torch.stack([derivative(row) - gradient for row in torch.eye(size, dtype=torch.float64)])
-    mean = value.item() + 0.5 * hessian.trace().item()
+    `log_weight` maps (m, size) to (m,); its gradient is linear, so its differences are the Hessian.
+    """
+    point = torch.cat([torch.zeros(1, size), torch.eye(size)]).double().requires_grad_(True)
+    value = log_weight(point)
+    gradients = torch.autograd.grad(value.sum(), point)[0]
+    gradient, hessian, value = gradients[0], gradients[1:] - gradients[0], value[0].item()
+    mean = value + 0.5 * hessian.trace().item()
     sd = math.sqrt((gradient @ gradient + 0.5 * (hessian @ hessian).trace()).item())
     rest = torch.eye(size, dtype=torch.float64) - hessian
     eigenvalues = torch.linalg.eigvalsh(rest)
-    log_mean = value.item() + 0.5 * (gradient @ torch.linalg.solve(rest, gradient)).item()
+    log_mean = value + 0.5 * (gradient @ torch.linalg.solve(rest, gradient)).item()
     return mean, sd, log_mean - 0.5 * eigenvalues.abs().log().sum().item(), eigenvalues
 
 
@@ -72,43 +71,68 @@ def weight(z_start, walk, first=None):
     return log_weight if first is None else log_weight + log_momentum_ratio(first, walk.momentum)
 
 
+def rows(u, first):
+    """Noise of the start (and the momentum), then of the transitions, from the columns of u (m, size)."""
+    columns = u.T[:, :, None]
+    return *columns[:first], columns[first:]
+
+
 def overdamped(score=None, e=0.05, count=K):
     def log_weight(u):
-        z, noise = u[:1, None], u[1:].reshape(count, 1, 1)
-        return weight(z, overdamped_walk(z, bridge(count), each(e, count), noise, score)).squeeze()
+        z, noise = rows(u, 1)
+        return weight(z, overdamped_walk(z, bridge(count), each(e, count), noise, score))
 
     return log_weight, count + 1
 
 
 def leapfrog(d, refresh, score=None, count=K):
     def log_weight(u):
-        z, rho, noise = u[:1, None], u[1:2, None], u[2:].reshape(count, 1, 1)
+        z, rho, noise = rows(u, 2)
         walk = underdamped_walk(z, rho, bridge(count), each(d, count), refresh(count), noise, score)
-        return weight(z, walk, rho).squeeze()
+        return weight(z, walk, rho)
 
     return log_weight, count + 2
 
 
 def euler(score=None, d=0.2, gamma=2.0):
     def log_weight(u):
-        z, rho, noise = u[:1, None], u[1:2, None], u[2:].reshape(K, 1, 1)
+        z, rho, noise = rows(u, 2)
         walk = euler_walk(z, rho, bridge(), each(d), each(gamma * d), noise, score)
-        return weight(z, walk, rho).squeeze()
+        return weight(z, walk, rho)
 
     return log_weight, K + 2
 
 
+class LinearControl:
+    """`u_k(z) = slope_k z + shift_k`."""
+
+    def __init__(self, slopes, shifts):
+        self.slopes, self.shifts = (
+            torch.tensor(row, dtype=torch.float64)[:, None, None].requires_grad_(True) for row in (slopes, shifts)
+        )
+
+    def __call__(self, z):
+        return self.slopes[: len(z)] * z + self.shifts[: len(z)]
+
+    def linearise(self, k, z):
+        slope, shift = self.slopes[k].detach(), self.shifts[k].detach()
+        return slope * z + shift, lambda rows: slope * rows
+
+    def parameters(self):
+        return self.slopes, self.shifts
+
+
 def controlled(e=0.05, slopes=(0.4, -0.7, 0.2, 0.5, -0.3), shifts=(0.6, 0.1, -0.5, 0.3, 0.8)):
     def log_weight(u):
-        z, noise = u[:1, None], u[1:].reshape(K, 1, 1)
-        walk = controlled_walk(z, bridge(), each(e), noise, lambda k, z: slopes[k] * z + shifts[k])
-        return weight(z, walk).squeeze()
+        z, noise = rows(u, 1)
+        walk = controlled_walk(z, bridge(), each(e), noise, LinearControl(slopes, shifts))
+        return weight(z, walk)
 
     return log_weight, K + 1
 
 
 def plain():
-    return lambda u: (log_target(u[:, None]) - reference().log_prob(u[:, None])).squeeze(), 1
+    return lambda u: log_target(u) - reference().log_prob(u), 1
 
 
 def uha(count):
@@ -154,7 +178,9 @@ OTHERS = {
     "exact refresh with a score": leapfrog(0.4, uha, phase_score),
     "cmcd": controlled(),
     "cmcd, large steps and controls": controlled(0.2, slopes=(1.5, -1.0, 0.5, 0.8, -1.2)),
-    "ldvi, a different step each": leapfrog(0.2, lambda n: euler_refresh(torch.linspace(0.1, 0.7, n).double())),
+    "ldvi, a different step each": leapfrog(
+        0.2, lambda n: euler_refresh(torch.linspace(0.1, 0.7, n).double()[:, None, None])
+    ),
 }
 
 
@@ -175,10 +201,10 @@ def broken_ldvi(break_weight=lambda log_weight, walk: log_weight, score=None):
     d, a = each(0.2), each(0.4)
 
     def log_weight(u):
-        z, rho, noise = u[:1, None], u[1:2, None], u[2:].reshape(K, 1, 1)
+        z, rho, noise = rows(u, 2)
         see = phase_score if score is None else lambda at, fresh: score(at, fresh, noise)
         walk = underdamped_walk(z, rho, bridge(), d, euler_refresh(a), noise, see)
-        return break_weight(weight(z, walk, rho), walk).squeeze()
+        return break_weight(weight(z, walk, rho), walk)
 
     return log_weight, K + 2
 
@@ -196,7 +222,7 @@ def test_broken_weights_are_noticed():
     assert moments(*swapped)[3].min() < 0  # E exp(log w) does not exist
 
     def later(z, rho, noise):
-        gradient = torch.stack([(1 - b) * -at + b * target_gradient(at) for b, at in zip(bridge().betas, z)])
+        gradient = torch.stack([bridge().gradient(k, at) for k, at in enumerate(z)])
         return phase_score(z + 0.2 * (rho + 0.1 * gradient), rho)
 
     mean, _, log_mean, _ = moments(*broken_ldvi(score=later))

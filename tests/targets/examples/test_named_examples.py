@@ -140,8 +140,6 @@ def test_prior_draws_come_from_the_prior(name):
     z = density.predictive.prior(20_000, torch.Generator().manual_seed(12)).requires_grad_(True)
     log_prior = density.log_prob(z) - density.predictive.log_likelihood(z).sum(1)
     gradient = torch.autograd.grad(log_prior.sum(), z)[0]
-    if name == "lorenz":  # 28 s.e. of one coordinate's tail otherwise: the last states spread over decades
-        z, gradient = z[:, :30], gradient[:, :30]
     assert stein_scores(z.detach(), gradient).abs().max() < 5
 
 

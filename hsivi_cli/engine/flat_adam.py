@@ -1,0 +1,52 @@
+"""Adam on one long vector: a step costs a handful of kernels however many tensors there are."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+MEAN_DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
+
+
+class FlatAdam:
+    """Adam (Kingma & Ba 2015) for many small parameters, which become views of one vector.
+
+    `scales[i]` multiplies the learning rate of `parameters[i]`. Gradients are handed over, not looked up.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], scales: Sequence[float]) -> None:
+        self.vector = torch.cat([parameter.data.flatten() for parameter in parameters])
+        rates = [torch.full((parameter.numel(),), scale) for parameter, scale in zip(parameters, scales, strict=True)]
+        self.scale = torch.cat(rates).to(self.vector)
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, self.vector.split(sizes), strict=True):
+            parameter.data = part.view_as(parameter)
+        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
+        self.count = 0
+
+    @torch.no_grad()
+    def ascend(self, gradient: Float[Tensor, " p"], rate: float) -> None:
+        """Move up along `gradient`, the parameters' gradients end to end."""
+        self.count += 1
+        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
+        self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        deviation = self.square.sqrt().mul_(1 / math.sqrt(1 - SQUARE_DECAY**self.count)).add_(EPSILON)
+        self.vector.addcdiv_(self.mean * self.scale, deviation, value=rate / (1 - MEAN_DECAY**self.count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step count; the vector is its owners' business."""
+        return {"mean": self.mean, "square": self.square, "count": self.count}
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.mean.copy_(tree["mean"])
+        self.square.copy_(tree["square"])
+        self.count = tree["count"]
+
+
+def flatten(gradients: Sequence[Tensor]) -> Float[Tensor, " p"]:
+    """Gradients end to end."""
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])

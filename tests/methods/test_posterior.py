@@ -1,0 +1,181 @@
+"""From a density to draws: conjugate answers, routes, persistence, and the ways a fit can mislead."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError
+from hsivi_cli.evaluation.pareto import smooth_weights
+from hsivi_cli.methods.gaussian_vi import GaussianFit
+from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws, student_t_log_prob
+from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
+from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
+from hsivi_cli.methods.posterior_report import report_on
+from hsivi_cli.targets.density import Density
+
+LOG_Z = 0.7
+
+
+def gaussian():
+    """N(m, S) times exp(LOG_Z), S far from a multiple of the identity."""
+    scale = torch.tensor([[2.0, 0.0, 0.0], [1.5, 0.5, 0.0], [0.1, -0.2, 3.0]], dtype=torch.float64)
+    mean = torch.tensor([5.0, -40.0, 0.3], dtype=torch.float64)
+    target = torch.distributions.MultivariateNormal(mean, scale_tril=scale)
+    return Density("gaussian", 3, lambda z: target.log_prob(z) + LOG_Z), mean, scale @ scale.T
+
+
+def two_bumps(apart=5.0):
+    def log_prob(z):
+        bumps = [torch.distributions.Normal(sign * apart, 1.0).log_prob(z[:, 0]) for sign in (-1, 1)]
+        other = torch.distributions.Normal(0.0, 1.0).log_prob(z[:, 1])
+        return torch.logaddexp(*bumps) - math.log(2) + other
+
+    return Density("two bumps", 2, log_prob)
+
+
+def student():
+    target = torch.distributions.StudentT(torch.tensor(3.0, dtype=torch.float64))
+    return Density("student", 2, lambda z: target.log_prob(z).sum(1))
+
+
+def test_auto_is_exact_for_a_gaussian(tmp_path):
+    density, mean, covariance = gaussian()
+    fit = fit_posterior(density, FitOptions(), tmp_path)
+    posterior = draw_posterior(fit, 4000, 1)
+    assert (fit.method, fit.route) == ("gaussian", "weights")
+    assert posterior.weights.log_z == pytest.approx(LOG_Z, abs=4 * posterior.weights.log_z_se + 1e-9)
+    error = (posterior.values.mean(0) - mean) / (covariance.diagonal() / 4000).sqrt()
+    assert float(error.abs().max()) < 4
+    assert torch.allclose(posterior.values.T.cov(), covariance, rtol=0.12, atol=0.3)
+    report = report_on(fit, posterior, None, 0)
+    assert report.verdict.level == "trust"
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("method", sorted(POSTERIOR_METHODS))
+def test_every_method_runs_through_weights_and_comes_back_from_disk(method, tmp_path):
+    density, _, _ = gaussian()
+    extra = {"bridges": 2} if "bridges" in POSTERIOR_METHODS[method].takes else {}
+    extra |= {"layers": 2} if "layers" in POSTERIOR_METHODS[method].takes else {}
+    options = FitOptions(method=method, steps=4, refine="none", seed=3, **extra)
+    fit = fit_posterior(density, options, tmp_path)
+    assert fit.trace[-1][0] == 4
+    save_checkpoint(tmp_path / "fit.safetensors", state_tree(fit))
+    again = restore(density, options, load_checkpoint(tmp_path / "fit.safetensors"))
+    first, second = draw_posterior(fit, 64, 5), draw_posterior(again, 64, 5)
+    assert torch.equal(first.values, second.values)
+    # densities are those of the user's coordinates, not of the whitened ones
+    assert torch.allclose(first.log_prob, density.log_prob(first.z), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ula", "uha", "cmcd"])
+def test_whitened_paths_keep_the_evidence(method, tmp_path):
+    density, _, _ = gaussian()
+    fit = fit_posterior(density, FitOptions(method=method, steps=2, bridges=4, refine="none"), tmp_path)
+    weights = draw_posterior(fit, 4000, 0).weights
+    assert weights.log_z == pytest.approx(LOG_Z, abs=5 * weights.log_z_se + 1e-6)
+    assert weights.elbo <= LOG_Z + 4 * weights.elbo_se
+
+
+def test_both_modes_are_found_and_tempered_between(tmp_path):
+    density = two_bumps()
+    fit = fit_posterior(density, FitOptions(), tmp_path)
+    posterior = draw_posterior(fit, 2000, 0)
+    assert fit.modes >= 2
+    assert posterior.route == "smc"
+    right = float((posterior.values[:, 0] > 0).double().mean())
+    assert 0.35 < right < 0.65
+    assert posterior.refined.log_z == pytest.approx(0.0, abs=5 * posterior.refined.log_z_se + 0.02)
+
+
+def test_a_fit_that_cannot_be_corrected_is_not_trusted(tmp_path):
+    density = two_bumps(apart=6.0)
+    # raw coordinates, a few steps: mass on neither bump
+    options = FitOptions(method="vi", paper=True, steps=3, refine="none")
+    fit = fit_posterior(density, options, tmp_path)
+    assert report_on(fit, draw_posterior(fit, 1000, 0), None, 0).verdict.level == "no"
+
+
+def test_draws_of_other_seeds_differ_and_of_one_seed_repeat(tmp_path):
+    fit = fit_posterior(student(), FitOptions(), tmp_path)
+    one, same, other = (draw_posterior(fit, 50, seed).values for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_improper_posteriors_are_refused(tmp_path):
+    flat = Density("flat", 2, lambda z: -0.5 * z[:, 0] ** 2 + 0 * z[:, 1])
+    with pytest.raises(InputError, match="improper"):
+        fit_posterior(flat, FitOptions(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (FitOptions(method="nuts"), "unknown"),
+        (FitOptions(method="auto", steps=5), "--steps does nothing"),
+        (FitOptions(method="vi", bridges=5), "belongs to"),
+        (FitOptions(method="ldvi", layers=2), "belongs to"),
+        (FitOptions(method="ldvi", covariance="mean-field"), "belongs to vi"),
+        (FitOptions(paper=True), "--paper"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        check_options(options)
+
+
+START = GaussianFit(
+    torch.tensor([1.0, -2.0], dtype=torch.float64),
+    torch.tensor([[2.0, 0.0], [-0.5, 0.7]], dtype=torch.float64),
+    0.0,
+    0.0,
+    "full-rank",
+)
+
+
+@pytest.mark.parametrize("degrees", [0, 4, 20])
+def test_student_t_is_normalised_and_drawn_from_its_own_density(degrees):
+    # draws from a wider one, weighted by this density, must give 1; a wrong constant or scale would not
+    density = Density("t", 2, lambda z: student_t_log_prob(START, degrees, squares(z)))
+
+    def squares(z):
+        u = torch.linalg.solve_triangular(START.scale_tril, (z - START.location).T, upper=False).T
+        return u.square().sum(1)
+
+    own = student_t_draws(density, START, degrees, NoiseStreams(0, range(200)))
+    assert torch.allclose(own.log_weight, torch.zeros(200, dtype=torch.float64), atol=1e-10)
+    weights = smooth_weights(student_t_draws(density, START, 4, NoiseStreams(0, range(20000))).log_weight)
+    assert weights.log_z == pytest.approx(0.0, abs=4 * weights.log_z_se + 1e-9)
+
+
+def test_student_t_matches_scipy():
+    from scipy.stats import multivariate_t
+
+    z = torch.randn(10, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = torch.linalg.solve_triangular(START.scale_tril, (z - START.location).T, upper=False).T
+    shape = (START.scale_tril @ START.scale_tril.T).numpy()
+    expected = multivariate_t(START.location.numpy(), shape, df=7).logpdf(z.numpy())
+    found = student_t_log_prob(START, 7, u.square().sum(1))
+    assert torch.allclose(found, torch.from_numpy(expected), atol=1e-12)
+
+
+def test_heavy_tails_get_a_heavy_tailed_proposal(tmp_path):
+    fit = fit_posterior(student(), FitOptions(), tmp_path)
+    assert fit.degrees > 0 or fit.route == "smc"
+    gaussian_fit = fit_posterior(gaussian()[0], FitOptions(), tmp_path)
+    assert gaussian_fit.degrees == 0
+
+
+def test_best_degrees_prefers_even_weights_with_a_safe_tail():
+    some = smooth_weights(torch.zeros(100, dtype=torch.float64))
+    pilots = {0: (0.9, 99.0), 50: (0.6, 95.0), 20: (0.3, 80.0), 8: (0.2, 90.0), 4: (0.1, 40.0)}
+    weigh = {degrees: replace(some, khat=khat, ess=ess) for degrees, (khat, ess) in pilots.items()}
+    assert best_degrees(weigh.__getitem__)[0] == 8
+    heavy = {degrees: replace(pilot, khat=pilot.khat + 1) for degrees, pilot in weigh.items()}
+    assert best_degrees(heavy.__getitem__)[0] == 4

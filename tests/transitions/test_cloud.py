@@ -1,0 +1,100 @@
+"""A cloud forgets its start, stands still, and its islands' disagreement is seen."""
+
+import math
+
+import torch
+
+from hsivi_cli.transitions.cloud import (
+    agreement,
+    correlation,
+    drift,
+    features,
+    harvest,
+    make_cloud,
+    settle,
+    shrunk_factor,
+)
+
+CORRELATED = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.4, 0.0], [-2.0, 1.0, 3.0]], dtype=torch.float64)
+
+
+def normals(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def log_prob(z):
+    return -0.5 * (torch.linalg.solve_triangular(CORRELATED, z.T, upper=False) ** 2).sum(0)
+
+
+def gradient(z):
+    precision = torch.cholesky_inverse(CORRELATED)
+    return -z @ precision
+
+
+def start(z, islands=16):
+    return make_cloud(z, islands, torch.Generator().manual_seed(1))
+
+
+def test_a_displaced_cloud_settles_on_its_target():
+    cloud = start(0.3 * normals(2000, 3) + 4)
+    assert settle(cloud, log_prob, gradient, 0.1, 2000)
+    assert cloud.memory < 0.1
+    assert 0.6 < cloud.acceptance < 0.99
+    states = harvest(cloud, log_prob, gradient, 3, 0.1, 1000)
+    assert len(states) == 3
+    z = torch.cat([state.z for state in states])
+    u = torch.linalg.solve_triangular(CORRELATED, z.T, upper=False).T
+    assert float(u.mean(0).abs().max()) < 4 / math.sqrt(6000) * 1.2
+    assert float((u.T.cov() - torch.eye(3)).abs().max()) < 4 * math.sqrt(2 / 6000) * 1.2
+    found = agreement([features(cloud)], 16)
+    assert found.r_hat < 1.02
+    assert found.ess > 400
+
+
+def test_two_modes_that_do_not_mix_are_remembered():
+    def two(z):
+        return torch.logaddexp(-0.5 * (z[:, 0] - 12) ** 2, -0.5 * (z[:, 0] + 12) ** 2)
+
+    def slope(z):
+        return torch.func.vmap(torch.func.grad(lambda z: two(z[None])[0]))(z)
+
+    signs = torch.where(torch.arange(800) % 2 == 0, 12.0, -12.0).double()[:, None]
+    cloud = start(signs + normals(800, 1))
+    assert not settle(cloud, two, slope, 0.1, 500)
+    assert cloud.memory > 0.8
+    # each island on one side: no agreement
+    cloud.chains = cloud.chains.take(cloud.chains.z[:, 0].argsort())
+    assert agreement([features(cloud)], 16).r_hat > 2
+
+
+def test_a_budget_is_kept():
+    cloud = start(normals(200, 3))
+    assert not settle(cloud, log_prob, gradient, 0.0001, 50)  # 4 / sqrt(200) = 0.28 counts as forgotten: but not still
+    assert cloud.gradients <= 50 + 128 or cloud.memory < 0.29
+
+
+def test_correlation_and_drift_are_those_of_independent_clouds():
+    a, b = normals(5000, 4), normals(5000, 4, seed=1)
+    assert correlation(a, b) < 4 / math.sqrt(5000)
+    assert abs(correlation(a, 0.6 * a + 0.8 * b) - 0.6) < 0.04
+    assert drift(a, b) < 4
+    assert drift(a, b + torch.tensor([0, 0, 0.2, 0])) > 6
+
+
+def test_agreement_counts_independent_draws():
+    independent = [normals(4000, 5, seed=i) for i in range(2)]
+    found = agreement(independent, 16)
+    assert found.r_hat < 1.01
+    assert 2000 < found.ess <= 8000
+    duplicated = agreement([normals(200, 5).repeat_interleave(20, 0)], 16)
+    assert duplicated.ess < 400
+    shifted = normals(4000, 5) + torch.arange(16.0).repeat_interleave(250)[:, None] / 10
+    assert agreement([shifted], 16).r_hat > 1.05
+
+
+def test_the_factor_is_the_covariances_shrunk_a_little():
+    z = normals(6000, 3) @ CORRELATED.T
+    factor = shrunk_factor(z)
+    torch.testing.assert_close(factor @ factor.T, CORRELATED @ CORRELATED.T, rtol=0.1, atol=0.1)
+    few = shrunk_factor(normals(5, 40))  # fewer particles than dimensions
+    assert bool((few.diagonal() > 0.5).all())
