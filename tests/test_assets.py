@@ -15,7 +15,7 @@ LIMIT = 16_000_000
 def test_assets_are_small_and_hold_no_pickles():
     files = [path for path in asset("mnist").parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= LIMIT
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".npz", ".md", ".png"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".npz", ".md", ".png", ".py", ".csv"}
 
 
 def test_teacher_is_small_and_students_are_its_own():

@@ -3,6 +3,7 @@
 Geffner & Domke 2023 (arXiv 2208.07743), section 3 and their released code for the schedule.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,31 +18,47 @@ MOST_INTERVALS = 32  # a schedule of more bridges than this is interpolated from
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """`N(mean, diag(exp(2 log_scale)))`; both have shape (d,) and may want gradients."""
+    """`N(mean, diag(scale^2))`; the fields have shape (d,) and may want gradients. Use `diagonal_gaussian`."""
 
     mean: Float[Tensor, " d"]
     log_scale: Float[Tensor, " d"]
+    scale: Float[Tensor, " d"]
+    precision: Float[Tensor, " d"]
 
     def draw(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Reparameterised draws from standard normal noise."""
-        return self.mean + self.log_scale.exp() * noise
+        return torch.addcmul(self.mean, self.scale, noise)
 
     def log_prob_of_noise(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """`log q(draw(noise))`; the mean cancels."""
-        return -0.5 * noise.square().sum(1) - self.log_scale.sum() - 0.5 * LOG_TWO_PI * noise.shape[1]
+        return -0.5 * (noise.square().sum(1) + LOG_TWO_PI * noise.shape[1]) - self.log_scale.sum()
 
     def log_prob(self, z: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Log density of each row."""
-        return self.log_prob_of_noise((z - self.mean) * (-self.log_scale).exp())
+        return self.log_prob_of_noise((z - self.mean) / self.scale)
 
     def gradient(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Gradient of `log_prob`."""
-        return (self.mean - z) * (-2 * self.log_scale).exp()
+        return (self.mean - z) * self.precision
+
+
+def diagonal_gaussian(mean: Float[Tensor, " d"], log_scale: Float[Tensor, " d"]) -> DiagonalGaussian:
+    """`N(mean, diag(exp(2 log_scale)))`."""
+    scale = log_scale.exp()
+    return DiagonalGaussian(mean, log_scale, scale, scale.square().reciprocal())
 
 
 def increment_count(bridges: int) -> int:
     """How many increments the schedule of this many bridges has."""
     return min(bridges, MOST_INTERVALS) + 1
+
+
+@functools.cache
+def _interpolation(bridges: int) -> Float[Tensor, "k g"]:
+    """The matrix from normalised increments to the values at `k / (K + 1)`."""
+    count = increment_count(bridges)
+    place = torch.arange(1, bridges + 1, dtype=torch.float64) * count / (bridges + 1)  # in knots
+    return (place[:, None] - torch.arange(count)).clamp(0, 1)  # the share of each increment passed by then
 
 
 def schedule(increments: Float[Tensor, " g"], bridges: int) -> Float[Tensor, " k"]:
@@ -53,14 +70,7 @@ def schedule(increments: Float[Tensor, " g"], bridges: int) -> Float[Tensor, " k
     """
     if increments.shape != (increment_count(bridges),):
         raise ValueError(f"{bridges} bridges need {increment_count(bridges)} increments, not {tuple(increments.shape)}")
-    cumulative = increments.cumsum(0) / increments.sum()
-    if bridges <= MOST_INTERVALS:
-        return cumulative[:-1]
-    values = torch.cat([torch.zeros_like(cumulative[:1]), cumulative])
-    place = torch.arange(1, bridges + 1, dtype=increments.dtype) * len(cumulative) / (bridges + 1)
-    below = place.floor().clamp(max=len(cumulative) - 1)
-    left = below.long()
-    return torch.lerp(values[left], values[left + 1], place - below)
+    return _interpolation(bridges) @ (increments / increments.sum())
 
 
 Rows = Float[Tensor, "n d"]

@@ -1,4 +1,4 @@
-"""`hsivi sample`: images from a student, or from a solver on its teacher."""
+"""`hsivi sample`: images from a student or from a solver on its teacher, draws from a saved posterior."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +13,26 @@ def sample(
     student: Annotated[
         Path | None,
         typer.Argument(
-            help="Student or run directory (with --solver: a teacher's). Default: the shipped one, 'shipped'."
+            help="Student or run directory (with --solver: a teacher's), or a saved posterior fit. "
+            "Default: the shipped student, 'shipped'."
         ),
     ] = None,
     nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
-    n: Annotated[int, typer.Option("-n", "--num-samples", min=1, help="How many images.")] = 64,
+    n: Annotated[
+        int | None, typer.Option("-n", "--num-samples", min=1, help="How many images (64), or draws (4000).")
+    ] = None,
     seed: options.Seed = 0,
     out: Annotated[
-        str, typer.Option("--out", help="grid.png, samples.npy, samples.npz, a folder of PNGs, or - for stdout (.npy).")
-    ] = "grid.png",
+        str | None,
+        typer.Option(
+            "--out",
+            help="grid.png (the default), samples.npy, samples.npz, a folder of PNGs, or - for stdout (.npy); "
+            "of a posterior draws.csv, .nc, .parquet or - (CSV).",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Your model file, where a posterior was fitted with one; it is run.")
+    ] = None,
     solver: options.Solver = None,
     spacing: options.Spacing = None,
     order: options.Order = None,
@@ -33,9 +44,25 @@ def sample(
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Draw images from a student in a few network evaluations, or from its teacher with --solver."""
+    """Draw images from a student in a few network evaluations, or from its teacher with --solver.
+
+    Of a fit that `hsivi fit-posterior --save` kept: draw from the posterior.
+    """
     if out == "-" and as_json:
         raise InputError("--out - and --json both want stdout: write to a file with --out")
+    from hsivi_cli.io.run_directory import is_posterior_fit
+
+    if student is not None and is_posterior_fit(student):
+        from hsivi_cli.cli.sample_fit import sample_fit
+
+        for flag, given in {"--nfe": nfe, "--solver": solver, "--spacing": spacing, "--order": order}.items():
+            if given is not None:
+                raise InputError(f"{flag} is for images, and {student} is a posterior fit: leave it out")
+        sample_fit(student, model, n, seed, out, threads, force, as_json)
+        return
+    if model is not None:
+        raise InputError("--model belongs to a posterior fit: name its directory")
+    n, out = n or 64, out or "grid.png"
     if out == "-" and console.stdout().isatty():
         raise InputError("--out - would print binary data on the terminal: pipe it, or name a file")
     import time

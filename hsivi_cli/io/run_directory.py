@@ -16,12 +16,19 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import read_json, sweep_temporaries, write_json
 
 CONFIG = "config.json"
+POSTERIOR = "posterior"  # the `kind` in the configuration of a fit
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+REPORT = "report.json"  # what a finished fit says of itself
 LOCK = ".lock"
 ATTEMPTS = 100  # at a lock file that others remove under our hands
 _PREVIEW = re.compile(r"samples-\d+\.png")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_posterior_fit(path: Path) -> bool:
+    """Whether a directory is a run of `hsivi fit-posterior --save`."""
+    return (path / CONFIG).is_file() and read_json(path / CONFIG).get("kind") == POSTERIOR
 
 
 def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:

@@ -9,11 +9,11 @@ import numpy as np
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
-from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS
+from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS, REPORT, is_posterior_fit
 from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
 from hsivi_cli.targets.score_net import load_score_net
 
-KINDS = "a score network, a student, a run, a .safetensors file or an .npz of statistics"
+KINDS = "a score network, a student, a run, a posterior fit, a .safetensors file or an .npz of statistics"
 METADATA = 400  # characters of a metadata field that are still worth showing
 _ARCHITECTURE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
 
@@ -28,6 +28,8 @@ def describe(path: Path) -> dict[str, Any]:
         return describe_arrays(path)
     if (path / DESCRIPTION).is_file():
         return describe_student(path)
+    if is_posterior_fit(path):
+        return describe_fit(path)
     if (path / "scheduler" / "scheduler_config.json").is_file():
         facts = {"kind": "teacher", "path": str(path)} | _teacher(path)
         # trained by hsivi, it lies in its own run directory
@@ -37,6 +39,14 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir() and (_is_run(path) or find_students(path)):
         return describe_run(path)
     raise InputError(f"{path} is not known: name {KINDS}")
+
+
+def describe_fit(path: Path) -> dict[str, Any]:
+    """Facts about a run of `hsivi fit-posterior`: its options and source, and its report once it is finished."""
+    facts: dict[str, Any] = {"kind": "posterior fit", "path": str(path), "config": read_json(path / CONFIG)}
+    finished = (path / REPORT).is_file()
+    facts |= {"finished": finished, "report": read_json(path / REPORT) if finished else None}
+    return facts | {"training": _progress(path)}
 
 
 def describe_student(path: Path) -> dict[str, Any]:

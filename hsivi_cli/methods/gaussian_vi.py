@@ -177,7 +177,7 @@ def _maximise(density: Density, base: Affine, u: Tensor, full: bool) -> tuple[Te
 
 
 def _base(density: Density, mode: Mode | None, covariance: Covariance) -> Affine:
-    """The coordinates to work in: the Gaussian at the mode, its best mean-field one, or N(initial, I) without a mode."""
+    """Coordinates to work in: the Gaussian at the mode, its best mean-field one, or N(initial, I) without a mode."""
     if mode is None or mode.kind != "mode":
         zero = torch.zeros(density.dim, dtype=torch.float64)
         location = zero if density.initial is None else density.initial.double()

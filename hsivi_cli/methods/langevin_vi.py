@@ -22,7 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hsivi_cli.bridges.geometric import DiagonalGaussian, GeometricBridge, geometric_bridge, increment_count, schedule
+from hsivi_cli.bridges.geometric import (
+    DiagonalGaussian,
+    GeometricBridge,
+    diagonal_gaussian,
+    geometric_bridge,
+    increment_count,
+    schedule,
+)
 from hsivi_cli.engine.flat_adam import FlatAdam, flatten
 from hsivi_cli.engine.optimisation import LearningRate, ScheduleName
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
@@ -164,7 +171,7 @@ def _initial_scalars(config: Config) -> dict[str, Tensor]:
 def values(state: State) -> Values:
     """What the stored parameters mean."""
     raw, config = state.parameters, state.config
-    reference = DiagonalGaussian(raw["mean"], raw["log_scale"])
+    reference = diagonal_gaussian(raw["mean"], raw["log_scale"])
     if not config.transitions:
         none = raw["mean"].new_empty(0)
         return Values(reference, none, none, none)
@@ -204,8 +211,7 @@ def weigh(
         momenta = log_momentum_ratio(noise[1], walk.momentum)
     with torch.no_grad():
         log_prob = density.log_prob(walk.z)
-    if walk.z.requires_grad:  # the walk has the gradient already
-        log_prob = log_prob + ((walk.z - walk.z.detach()) * walk.target_gradient.detach()).sum(1)
+    log_prob = known_gradient(walk.z, log_prob, walk.target_gradient)
     return walk.z, log_prob, log_prob - log_start + momenta + walk.log_ratio
 
 
@@ -218,6 +224,24 @@ def _walk_with_momentum(
         return euler_walk(z, noise[1], bridge, at.step, at.damping, noise[2:], score)
     refresh = {"ldvi": euler_refresh, "ldvi-mixed": mixed_refresh}.get(kind, exact_refresh)(at.damping)
     return underdamped_walk(z, noise[1], bridge, at.step, refresh, noise[2:], score)
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return bar[:, None] * ctx.gradient, None, None
+
+
+def known_gradient(
+    z: Float[Tensor, "n d"], value: Float[Tensor, " n"], gradient: Float[Tensor, "n d"]
+) -> Float[Tensor, " n"]:
+    """`value`, a function of z whose gradient is there already: the walk ends with that of the target."""
+    return _KnownGradient.apply(z, value, gradient.detach())
 
 
 def step(state: State, batch: None, generator: torch.Generator) -> dict[str, float]:

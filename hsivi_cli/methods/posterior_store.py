@@ -11,15 +11,13 @@ from typing import Any
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.errors import HsiviError, InputError
 from hsivi_cli.io.files import read_json, sha256, write_json
-from hsivi_cli.io.run_directory import CONFIG, run_directory
+from hsivi_cli.io.run_directory import CONFIG, POSTERIOR, REPORT, run_directory
 from hsivi_cli.methods.posterior import Fit, restore, state_tree
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.methods.posterior_report import PosteriorReport
 from hsivi_cli.targets.source import Source, load_source, open_density, read_source, save_source
 
-KIND = "posterior"
 STATE = "fit.safetensors"
-REPORT = "report.json"
 
 
 @contextmanager
@@ -34,7 +32,7 @@ def fit_directory(
         with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
             yield Path(directory)
         return
-    config = {"kind": KIND, "draws": draws, **asdict(options), "source": _source_facts(source, data)}
+    config = {"kind": POSTERIOR, "draws": draws, **asdict(options), "source": _source_facts(source, data)}
     try:
         with run_directory(save, config, resume):
             yield save
@@ -47,12 +45,6 @@ def save_fit(directory: Path, fit: Fit, source: Source, data: Any, report: Poste
     save_source(directory, source, data)
     write_json(directory / REPORT, report.to_json())
     save_checkpoint(directory / STATE, state_tree(fit))
-
-
-def is_fit(path: Path) -> bool:
-    """Whether a directory is a run of `hsivi fit-posterior`."""
-    config = path / CONFIG
-    return config.is_file() and read_json(config).get("kind") == KIND
 
 
 def load_fit(path: Path, model: str | None = None) -> Fit:

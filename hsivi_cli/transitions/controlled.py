@@ -3,7 +3,7 @@
 import torch
 
 from hsivi_cli.bridges.geometric import GeometricBridge, Rows
-from hsivi_cli.transitions.langevin import Number, States, Walk, bridge_gradient, log_ratio, pull_and_push
+from hsivi_cli.transitions.langevin import Number, States, Walk, bridge_gradients, log_ratio, pull_and_push
 from hsivi_cli.transitions.recursion import Control, Recursion, run_recursion
 
 
@@ -20,7 +20,6 @@ def controlled_walk(z: Rows, bridge: GeometricBridge, step: Number, noise: State
     pull, push = pull_and_push(bridge, root)
     kick = torch.addcmul(noise, pull, bridge.reference.mean)
     recursion = Recursion(kick, torch.zeros_like(root), pull, push, 2 * root, root)
-    path = run_recursion(z, recursion, bridge, control)
-    backward = path.h + bridge_gradient(bridge, pull, push, path.z[1:], path.gradient[1:])
-    backward = torch.addcmul(backward, root, control(path.z)[1:], value=-1)
-    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, backward))
+    path = run_recursion(z, torch.zeros_like(z), recursion, bridge, control)
+    drift = bridge_gradients(bridge, path.z[1:], path.gradient[1:]) - control(path.z)[1:]
+    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, torch.addcmul(path.h, root, drift)))

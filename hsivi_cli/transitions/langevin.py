@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from hsivi_cli.bridges.geometric import GeometricBridge, Rows
 from hsivi_cli.transitions.recursion import Recursion, run_recursion
@@ -81,9 +82,8 @@ def overdamped_walk(
     root = (step / 2).sqrt()  # z' = z + 2 root h with h = xi + root g_k(z)
     pull, push = pull_and_push(bridge, root)
     kick = torch.addcmul(noise, pull, bridge.reference.mean)
-    recursion = Recursion(kick, torch.zeros_like(root), pull, push, 2 * root)
-    path = run_recursion(z, recursion, bridge)
-    backward = path.h + bridge_gradient(bridge, pull, push, path.z[1:], path.gradient[1:])
+    path = run_recursion(z, torch.zeros_like(z), Recursion(kick, torch.zeros_like(root), pull, push, 2 * root), bridge)
+    backward = torch.addcmul(path.h, root, bridge_gradients(bridge, path.z[1:], path.gradient[1:]))
     if score is not None:
         backward = torch.addcmul(backward, root, score(path.z[1:]))
     return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, backward))
@@ -103,16 +103,16 @@ def underdamped_walk(
     Leapfrog preserves volume and can be undone, so only the refresh counts: the log ratio of a transition is
     `log mB(rho | rho', z) - log mF(rho' | rho)`. The score sees the position before leapfrog and the fresh momentum.
     """
-    half, spread = step / 2, refresh.variance.sqrt() * noise
-    pull, push = pull_and_push(bridge, half)
+    half, keep = step / 2, refresh.keep
+    spread = refresh.variance.sqrt() * noise
     # h is the momentum between leapfrog's kicks: the second kick and the next refresh belong to the next step
-    all_pull = torch.cat([pull[:1], pull[1:] + refresh.keep[1:] * pull[:-1]])
-    all_push = torch.cat([push[:1], push[1:] + refresh.keep[1:] * push[:-1]])
-    kick = torch.addcmul(spread, all_pull, bridge.reference.mean)
-    kick = torch.cat([torch.addcmul(kick[:1], rho, refresh.keep[:1]), kick[1:]])
-    recursion = Recursion(kick, refresh.keep, all_pull, all_push, step.expand_as(push))
-    path = run_recursion(z, recursion, bridge)
-    after = path.h + bridge_gradient(bridge, pull, push, path.z[1:], path.gradient[1:])
+    sizes = torch.cat([half, half * bridge.betas], 2)
+    sizes = torch.addcmul(sizes, keep, functional.pad(sizes[:-1], (0, 0, 0, 0, 1, 0)))
+    push = sizes[..., 1:]
+    pull = (sizes[..., :1] - push) * bridge.reference.precision
+    kick = torch.addcmul(spread, pull, bridge.reference.mean)
+    path = run_recursion(z, rho, Recursion(kick, keep, pull, push, step), bridge)
+    after = torch.addcmul(path.h, half, bridge_gradients(bridge, path.z[1:], path.gradient[1:]))
     before = torch.cat([rho[None], after[:-1]])
     fresh = torch.addcmul(spread, before, refresh.keep)
     residual = torch.addcmul(before, fresh, refresh.backward_keep, value=-1)
@@ -142,8 +142,7 @@ def euler_walk(
     keep = 1 - a
     pull, push = pull_and_push(bridge, step)
     kick = torch.addcmul((2 * a).sqrt() * noise, pull, bridge.reference.mean)
-    kick = torch.cat([torch.addcmul(kick[:1], rho, keep[:1]), kick[1:]])
-    path = run_recursion(z, Recursion(kick, keep, pull, push, step), bridge)
+    path = run_recursion(z, rho, Recursion(kick, keep, pull, push, step), bridge)
     total = torch.cat([rho[None], path.h[:-1]]) + path.h
     if score is not None:
         total = torch.add(total, score(path.z[:-1], path.h), alpha=-2)
@@ -165,16 +164,14 @@ def log_momentum_ratio(first: Rows, last: Rows) -> Float[Tensor, " n"]:
 def pull_and_push(bridge: GeometricBridge, size: Number) -> tuple[Float[Tensor, "k 1 d"], Number]:
     """`size g_k(z) = pull (mean - z) + push G(z)`."""
     push = size * bridge.betas
-    return (size - push) * (-2 * bridge.reference.log_scale).exp(), push
+    return (size - push) * bridge.reference.precision, push
 
 
-def bridge_gradient(
-    bridge: GeometricBridge, pull: Float[Tensor, "k 1 d"], push: Number, z: States, gradient: States
-) -> States:
-    """The same at the states of a path."""
-    return torch.addcmul(pull * (bridge.reference.mean - z), push, gradient)
+def bridge_gradients(bridge: GeometricBridge, z: States, gradient: States) -> States:
+    """`g_k` at the states of a path, given the target's gradient there."""
+    return torch.lerp((bridge.reference.mean - z) * bridge.reference.precision, gradient, bridge.betas)
 
 
 def log_ratio(forward_noise: States, backward_noise: States) -> Float[Tensor, " n"]:
     """Sum over the transitions of `log N(backward_noise; 0, I) - log N(forward_noise; 0, I)`."""
-    return 0.5 * torch.sub(forward_noise.square(), backward_noise.square()).sum((0, 2))
+    return 0.5 * (forward_noise.square().sum((0, 2)) - backward_noise.square().sum((0, 2)))

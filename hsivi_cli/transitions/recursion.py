@@ -37,7 +37,7 @@ class Control(Protocol):
 
 @dataclass(frozen=True)
 class Recursion:
-    """The coefficients, row k for step k; `keep[0]` is not used."""
+    """The coefficients, row k for step k; without a first velocity `h_{-1}`, `keep[0]` is not used."""
 
     kick: Float[Tensor, "k n d"]
     keep: Float[Tensor, "k 1 1"]
@@ -56,29 +56,34 @@ class Path:
     gradient: Float[Tensor, "k+1 n d"]
 
 
-def run_recursion(z: Rows, recursion: Recursion, bridge: GeometricBridge, control: Control | None = None) -> Path:
-    """Run from `z` on the bridge's target; differentiable once in z, every coefficient and the control's parameters."""
+def run_recursion(
+    z: Rows, h: Rows, recursion: Recursion, bridge: GeometricBridge, control: Control | None = None
+) -> Path:
+    """Run from `z` and `h_{-1} = h` on the bridge's target.
+
+    Differentiable once in z, every coefficient and the control's parameters; h is taken as a constant.
+    """
     coefficients = (recursion.kick, recursion.keep, recursion.pull, recursion.push, recursion.stride)
     if control is not None:
         assert recursion.drive is not None, "a control needs `drive`"
         coefficients += (recursion.drive, *control.parameters())
     if torch.is_grad_enabled():
-        return Path(*_Recursion.apply(bridge.linearise, control, z, *coefficients))
-    done = _run(lambda at: (bridge.target_gradient(at), None), control, z, *coefficients[:6])
+        return Path(*_Recursion.apply(bridge.linearise, control, h, z, *coefficients))
+    done = _run(lambda at: (bridge.target_gradient(at), None), control, h, z, *coefficients[:6])
     return Path(*(torch.stack(rows) for rows in done[:3]))
 
 
 def _run(
-    linearise: Callable[[Rows], Any], control: Control | None, z: Rows, kick: Tensor, *coefficients: Tensor
+    linearise: Callable[[Rows], Any], control: Control | None, h: Rows, z: Rows, kick: Tensor, *coefficients: Tensor
 ) -> tuple[list[Any], ...]:
     """Positions, velocities, gradients, Hessian products, controls, and products with the controls' Jacobians."""
     keep, pull, push, stride, *drive = coefficients
     numbers = _numbers(keep, push, stride, *drive)
-    h: Rows | None = None
+    attractions = pull.expand_as(kick).contiguous().unbind()  # a broadcast in the loop would cost more
     gradient, product = linearise(z)
     positions, velocities, gradients, products, controls, turns = [z], [], [gradient], [product], [], []
-    for k, (impulse, attraction, (c, t, d, *w)) in enumerate(zip(kick.unbind(), pull.unbind(), numbers, strict=True)):
-        start = torch.add(impulse, h, alpha=c) if h is not None and c else impulse
+    for k, (impulse, attraction, (c, t, d, *w)) in enumerate(zip(kick.unbind(), attractions, numbers, strict=True)):
+        start = torch.add(impulse, h, alpha=c) if c else impulse
         h = torch.addcmul(start, z, attraction, value=-1).add_(gradient, alpha=t)
         if control is not None:
             push_away, turn = control.linearise(k, z)
@@ -98,11 +103,11 @@ class _Recursion(torch.autograd.Function):
     """`_run`; a bar over a name, as in `bar_z`, is the derivative of the objective with respect to it."""
 
     @staticmethod
-    def forward(ctx: Any, linearise: Any, control: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, linearise: Any, control: Any, h: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = 6 if control is None else 7
-        *done, ctx.products, controls, ctx.turns = _run(linearise, control, *tensors[:count])
+        *done, ctx.products, controls, ctx.turns = _run(linearise, control, h, *tensors[:count])
         path = tuple(torch.stack(rows) for rows in done)
-        ctx.control = control
+        ctx.control, ctx.start = control, h
         ctx.save_for_backward(*tensors[2:count], *([torch.stack(controls)] if controls else []), *path)
         return path
 
@@ -111,14 +116,13 @@ class _Recursion(torch.autograd.Function):
     def backward(ctx: Any, of_z: Tensor, of_h: Tensor, of_gradient: Tensor) -> tuple[Tensor | None, ...]:
         *coefficients, z, h, gradient = ctx.saved_tensors
         bar_z, bar_kick, bar_next = _adjoint(ctx.products, ctx.turns, of_z, of_h, of_gradient, *coefficients[:5])
-        bar_keep = torch.zeros_like(coefficients[0])
-        bar_keep[1:] = _dot(bar_kick[1:], h[:-1])
+        bar_keep = _dot(bar_kick, torch.cat([ctx.start[None], h[:-1]]))
         bar_pull = (bar_kick * z[:-1]).sum(1, keepdim=True).neg_()
         bars = [bar_z, bar_kick, bar_keep, bar_pull, _dot(bar_kick, gradient[:-1]), _dot(bar_next, h)]
         if ctx.control is not None:
             drive, controls = coefficients[4:]
             bars += [_dot(bar_kick, controls), *_control_gradients(ctx.control, z[:-1], bar_kick * drive)]
-        return None, None, *bars
+        return None, None, None, *bars
 
 
 def _adjoint(
@@ -126,7 +130,7 @@ def _adjoint(
 ) -> tuple[Rows, Float[Tensor, "k n d"], Float[Tensor, "k n d"]]:
     """Derivatives with respect to `z_0`, to every `h_k`, and to every `z_{k+1}`, from those outside the loop."""
     keep, pull, push, stride, *drive = tensors
-    numbers, attractions = _numbers(keep, push, stride, *drive), pull.unbind()
+    numbers, attractions = _numbers(keep, push, stride, *drive), pull.expand_as(of_h).contiguous().unbind()
     outer_z, outer_h, outer_gradient = of_z.unbind(), of_h.unbind(), of_gradient.unbind()
     bar_z = outer_z[-1] + products[-1](outer_gradient[-1])
     bar_h, later = torch.zeros_like(bar_z), 0.0

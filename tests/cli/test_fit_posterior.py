@@ -75,9 +75,9 @@ def test_json_is_one_object_and_the_draws_agree_with_it(table, tmp_path, capsys)
 
 def test_data_from_stdin_draws_to_stdout(table, monkeypatch, capfdbinary):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(table.read_bytes())))
-    assert run("-", "--formula", "y ~ x", "-n", "200", "--out", "-") == 0
+    assert run("-", "--formula", "y ~ x", "-n", "800", "--out", "-") == 0
     out, err = capfdbinary.readouterr()
-    assert len(pd.read_csv(io.BytesIO(out))) == 200
+    assert len(pd.read_csv(io.BytesIO(out))) == 800
     assert b"trust" in err
 
 

@@ -67,10 +67,13 @@ def test_two_modes_that_do_not_mix_are_remembered():
     assert agreement([features(cloud)], 16).r_hat > 2
 
 
-def test_a_budget_is_kept():
-    cloud = start(normals(200, 3))
-    assert not settle(cloud, log_prob, gradient, 0.0001, 50)  # 4 / sqrt(200) = 0.28 counts as forgotten: but not still
-    assert cloud.gradients <= 50 + 128 or cloud.memory < 0.29
+def test_a_budget_is_kept_and_so_many_moves():
+    cloud = start(0.01 * normals(500, 3) + 50)
+    assert not settle(cloud, log_prob, gradient, 0.1, 20)
+    assert 20 <= cloud.gradients < 20 + 128
+    cloud = start(0.01 * normals(500, 3) + 50)
+    assert not settle(cloud, log_prob, gradient, 1e-9, 10_000, moves=2)
+    assert cloud.moves == 2
 
 
 def test_correlation_and_drift_are_those_of_independent_clouds():

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from hsivi_cli.bridges.geometric import DiagonalGaussian, geometric_bridge, schedule
+from hsivi_cli.bridges.geometric import diagonal_gaussian, geometric_bridge, schedule
 from hsivi_cli.transitions.controlled import controlled_walk
 from hsivi_cli.transitions.langevin import (
     euler_refresh,
@@ -37,7 +37,7 @@ def target_gradient(z):
 
 
 def reference():
-    return DiagonalGaussian(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    return diagonal_gaussian(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
 def bridge(count=K):

@@ -1,0 +1,30 @@
+"""`hsivi sample FIT`: more draws from a posterior that `hsivi fit-posterior --save` kept."""
+
+from pathlib import Path
+
+from hsivi_cli.cli import console, options
+from hsivi_cli.cli.fit_posterior import show
+from hsivi_cli.errors import InputError
+
+DEFAULT_DRAWS = 4000
+
+
+def sample_fit(
+    path: Path, model: str | None, n: int | None, seed: int, out: str | None, threads: int, force: bool, as_json: bool
+) -> None:
+    """Draw from a saved fit by its own route and judge the new draws; raises InputError for what is wrong with it."""
+    from hsivi_cli.io.draw_files import open_draws
+    from hsivi_cli.methods.posterior import draw_posterior
+    from hsivi_cli.methods.posterior_report import report_on
+    from hsivi_cli.methods.posterior_store import load_fit
+
+    count = DEFAULT_DRAWS if n is None else n
+    if count < 10:
+        raise InputError(f"-n {count} is too few posterior draws to judge: ask for 10 or more")
+    options.resolve_device("cpu", threads)
+    destination = open_draws(out, None, force) if out else None
+    with console.guarded_stdout():
+        fit = load_fit(path, model)
+        posterior = draw_posterior(fit, count, seed)
+        report = report_on(fit, posterior, None, seed)
+    show(report, posterior, destination, as_json, {"out": out, "fit": str(path)})
