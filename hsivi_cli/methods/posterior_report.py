@@ -63,7 +63,8 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
     refined, raw = posterior.refined, posterior.weights
     ess = posterior.ess
     summary = summarise(posterior.columns, posterior.values, ess=ess)
-    weights = Weights(raw.khat, raw.ess, approximate=fit.method.startswith("hsivi")) if raw is not None else None
+    semi_implicit = fit.method.startswith("hsivi")
+    weights = Weights(raw.khat, raw.ess, approximate=semi_implicit, drawn=raw.n) if raw is not None else None
     moves = None
     if refined is not None:
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
@@ -116,9 +117,12 @@ def calibrate(
         return posterior.z[::8][:draws]
 
     def named(z: Float[Tensor, "n d"], response: Float[Tensor, " N"]) -> Float[Tensor, "n p"]:
-        return flatten_values(density.constrain(z)).double()
+        # the log density depends on the data: without it, draws that ignore them would pass (Modrak et al. 2023)
+        with torch.no_grad():
+            height = condition(response).log_prob(z)
+        return torch.cat([flatten_values(density.constrain(z)).double(), height[:, None]], 1)
 
-    columns = _columns(density)
+    columns = [*_columns(density), "lp__"]
     generator = torch.Generator().manual_seed(options.seed)
     return run_sbc(
         predictive.prior, predictive.simulate, refit, replications, SBC_DRAWS, generator, columns, named, on_refit

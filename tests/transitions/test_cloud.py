@@ -71,8 +71,9 @@ def test_a_budget_is_kept_and_so_many_moves():
     cloud = start(0.01 * normals(500, 3) + 50)
     assert not settle(cloud, log_prob, gradient, 0.1, 20)
     assert 20 <= cloud.gradients < 20 + 128
-    cloud = start(0.01 * normals(500, 3) + 50)
-    assert not settle(cloud, log_prob, gradient, 1e-9, 10_000, moves=2)
+    cloud = start(normals(500, 3))
+    cloud.step = 1e-6
+    assert not settle(cloud, log_prob, gradient, 0.1, 10_000, moves=2)
     assert cloud.moves == 2
 
 
