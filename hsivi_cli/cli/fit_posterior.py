@@ -123,7 +123,7 @@ def fit_posterior(
     check_source(source)
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.io.draw_files import open_draws
-    from hsivi_cli.methods.posterior import draw_posterior
+    from hsivi_cli.methods.posterior import SUMMARY_DRAWS, affordable_draws, draw_posterior
     from hsivi_cli.methods.posterior_registry import FitOptions, check_options
     from hsivi_cli.methods.posterior_report import report_on
     from hsivi_cli.methods.posterior_store import fit_directory, save_fit
@@ -153,35 +153,37 @@ def fit_posterior(
         with fit_directory(save, source, table, settings, draws, resume) as directory:
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
-            posterior = draw_posterior(posterior_fit, draws, seed)
+            total = max(draws, affordable_draws(density, 0, SUMMARY_DRAWS))
+            posterior = draw_posterior(posterior_fit, total, seed)
             report = report_on(posterior_fit, posterior, calibration, seed)
             if save is not None:
                 save_fit(directory, posterior_fit, source, table, report)
     if plot is not None:
         _plot(plot, posterior_fit, posterior, calibration, report)
-    show(report, posterior, destination, as_json, {"out": out, "save": str(save) if save else None})
+    show(report, posterior, draws, destination, as_json, {"out": out, "save": str(save) if save else None})
 
 
 def show(
     report: "PosteriorReport",
     posterior: "Posterior",
+    draws: int,
     destination: "DrawDestination | None",
     as_json: bool,
     also: dict[str, Any],
 ) -> None:
-    """Write the draws, print the result, and leave with exit code 3 where the draws are not to be used."""
+    """Write the first `draws` draws, print the summary of all, and leave with exit code 3 where the draws are not to be used."""
     from hsivi_cli.io.draw_files import write_draws
 
     stream = None
     if destination is not None:
         note = f"{report.method}, {report.route}; {report.verdict.line}"
-        stream = write_draws(
-            destination, posterior.columns, posterior.values, posterior.log_approx, posterior.log_prob, note=note
-        )
+        approx = None if posterior.log_approx is None else posterior.log_approx[:draws]
+        values, log_prob = posterior.values[:draws], posterior.log_prob[:draws]
+        stream = write_draws(destination, posterior.columns, values, approx, log_prob, note=note)
     if stream is not None:
         console.result_bytes(stream)
     elif as_json:
-        console.result_json(report.to_json() | also)
+        console.result_json(report.to_json() | {"draws": draws} | also)
     else:
         _print(report)
     if report.verdict.level == "no":
@@ -234,8 +236,10 @@ def _print(report: "PosteriorReport") -> None:
     for row in report.summary:
         figures = (row.mean, row.sd, row.q5, row.q50, row.q95)
         rows.append((row.name, *(f"{figure:.4g}" for figure in figures), f"{row.ess:.0f}", f"{row.mcse:.2g}"))
-    how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC", "hmc": "HMC moves"}[report.route]
-    console.result_table(f"{report.n} draws: {report.method}, corrected by {how}", rows, header)
+    how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC and HMC moves", "hmc": "HMC moves"}[report.route]
+    # what tempering starts from is the Gaussian, whatever was trained beside it
+    name = how if report.route == "smc" else f"{report.note or report.method}, corrected by {how}"
+    console.result_table(f"{report.n} draws: {name}", rows, header)
     console.result_line("")
     facts = []
     if report.khat is not None:

@@ -27,4 +27,4 @@ def sample_fit(
         fit = load_fit(path, model)
         posterior = draw_posterior(fit, count, seed)
         report = report_on(fit, posterior, None, seed)
-    show(report, posterior, destination, as_json, {"out": out, "fit": str(path)})
+    show(report, posterior, count, destination, as_json, {"out": out, "fit": str(path)})

@@ -49,7 +49,7 @@ def init(target: Density, config: Config) -> State:
     if config.inner < 0:
         raise InputError(f"--inner {config.inner}: must be at least 1, or 0 for the batch less one")
     chain = hsivi_posterior.make_chain(target.dim, config)
-    optimiser = torch.optim.Adam(chain.parameters(), config.lr, amsgrad=True)
+    optimiser = torch.optim.Adam(chain.parameters(), config.lr, amsgrad=config.amsgrad)
     return State(0, target, config, chain, optimiser)
 
 
@@ -75,8 +75,8 @@ def layer_bounds(state: State, active: range, generator: torch.Generator) -> tup
     zeta = torch.randn((len(active), config.batch, dim), generator=generator, dtype=torch.float64)
     x = rollout.draw(zeta)
     log_target = state.density.log_prob(x.reshape(-1, dim)).reshape(x.shape[:2])
-    power = state.chain.powers[rollout.numbers].unsqueeze(-1)
-    log_p = (1 - power) * hsivi_posterior.log_base(x, config.base_scale) + power * log_target
+    power = hsivi_posterior.powers_at(state.chain, state.step, config)[rollout.numbers].unsqueeze(-1)
+    log_p = (1 - power) * hsivi_posterior.log_base(x) + power * log_target
     log_mix = log_mixture(x, rollout.means, rollout.log_sigma, config.extra)
     return surrogate_bound(log_p, log_mix), surrogate_bound(log_target[0], log_mix[0]).detach()
 

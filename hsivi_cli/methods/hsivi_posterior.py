@@ -1,8 +1,8 @@
 """The chain that HSIVI-LB and HSIVI-SM train for a log density (Yu et al. 2023, arXiv 2310.17153).
 
 `x_K ~ N(0, I)`, then `x_k ~ q(x_k | x_{k+1}) = N(mu_k(x_{k+1}), diag sigma_k^2)` for k = K-1 .. 0. The marginal of
-layer k is matched to the geometric bridge `log p_k = (1 - l_k) log N(0, I) + l_k log p`, l_k = (K-k)/K, so p_0 is the
-target. Layers are trained jointly, with no gradient through a layer's input, or one after another from the base.
+layer k is matched to the geometric bridge `log p_k = (1 - l_k) log N(0, I) + l_k log p`, l_k = ((K-k)/K)^1.5, so p_0 is
+the target. Layers are trained jointly, with no gradient through a layer's input, or one after another from the base.
 
 A marginal q(x_0) is a mixture of infinitely many Gaussians; `sample` estimates its log density by J of them.
 """
@@ -26,6 +26,9 @@ from hsivi_cli.targets.density import Density
 
 Training = Literal["joint", "layerwise"]
 
+# How much a layer's output tells about its input at the start, in nats: `d log(1 / sigma)`. The bound sees at most
+# log(J + 1) of it, so that in many dimensions sigma must start near 1.
+INFORMATION = 1.4
 ROWS_AT_ONCE = 2048  # draws against J components: memory of the density estimate
 
 
@@ -39,19 +42,20 @@ class PosteriorConfig:
     """
 
     layers: int = 3
-    steps: int = 3000
+    steps: int = 4000
     seed: int = 0
-    batch: int = 256
+    batch: int = 128
     hidden: tuple[int, ...] = (64, 64)
     base_dim: int = 0
     residual: bool = True
-    sigma: float = 0.5
-    base_scale: float = 1.0
-    bridge_power: float = 1.0
+    sigma: float = 0.0
+    bridge_power: float = 1.5
+    anneal: float = 0.5
     training: Training = "joint"
-    lr: float = 3e-3
+    lr: float = 1e-2
     warmup: int = 50
     lr_schedule: ScheduleName = "cosine"
+    amsgrad: bool = False
     clip: float = 10.0
     ema: float = 0.995
     components: int = 1024
@@ -106,7 +110,7 @@ def check_config(config: PosteriorConfig) -> None:
     ):
         if value < least:
             raise InputError(f"{flag} {value}: must be at least {least}")
-    if not 0 < config.sigma < 1:
+    if not 0 <= config.sigma < 1:
         raise InputError(f"--sigma {config.sigma:g}: the start of the layers' noise must lie between 0 and 1")
 
 
@@ -121,7 +125,7 @@ def make_chain(dim: int, config: PosteriorConfig) -> Chain:
             config.hidden,
             draws,
             residual=config.residual,
-            sigma=config.sigma,
+            sigma=config.sigma or math.exp(-INFORMATION / dim),
         )
         for k in range(config.layers)
     )
@@ -140,11 +144,27 @@ def active_layers(step: int, config: PosteriorConfig) -> range:
 def rate_at(base: float, step: int, config: PosteriorConfig) -> float:
     """Learning rate of a step; layer by layer, every layer has the whole schedule to itself."""
     schedule = LearningRate(base, config.warmup, config.lr_schedule)
+    return schedule.at(*_place(step, config))
+
+
+def _place(step: int, config: PosteriorConfig) -> tuple[int, int]:
+    """Which step of how many this is for the layers now being trained."""
     if config.training == "joint":
-        return schedule.at(step, config.steps)
+        return step, config.steps
     done = config.layers - 1 - active_layers(step, config)[0]
     before, after = (-(-number * config.steps // config.layers) for number in (done, done + 1))
-    return schedule.at(step - before, after - before)
+    return step - before, after - before
+
+
+def powers_at(chain: Chain, step: int, config: PosteriorConfig) -> Float[Tensor, " K"]:
+    """The powers of the target that a step trains for: they rise from 0 during the first share `anneal` of training."""
+    place, total = _place(step, config)
+    risen = min(1.0, place / (config.anneal * total)) if config.anneal > 0 else 1.0
+    if config.training == "joint":
+        return chain.powers * risen**2
+    # a layer starts as the identity, which is right for the bridge of its input
+    below = torch.cat([chain.powers[1:], torch.zeros(1, dtype=torch.float64)])
+    return below + (chain.powers - below) * risen**2
 
 
 def roll_out(chain: Chain, active: range, chains: int, draws: torch.Generator) -> Rollout:
@@ -167,9 +187,9 @@ def roll_out(chain: Chain, active: range, chains: int, draws: torch.Generator) -
     return Rollout(torch.stack(means[::-1]), log_sigma, torch.tensor(active))
 
 
-def log_base(x: Float[Tensor, "*k d"], scale: float = 1.0) -> Float[Tensor, "*k"]:
-    """Log density of N(0, scale^2 I)."""
-    return -0.5 * (x / scale).square().sum(-1) - x.shape[-1] * math.log(scale * math.sqrt(2 * math.pi))
+def log_base(x: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
+    """Log density of N(0, I)."""
+    return -0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
 
 def update_averages(chain: Chain, active: range, step: int, decay: float) -> None:

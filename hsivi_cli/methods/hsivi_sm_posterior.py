@@ -65,8 +65,8 @@ def init(target: Density, config: Config) -> State:
         config,
         chain,
         critics,
-        torch.optim.Adam(chain.parameters(), config.lr, amsgrad=True),
-        torch.optim.Adam(critics.parameters(), config.lr_critic, amsgrad=True),
+        torch.optim.Adam(chain.parameters(), config.lr, amsgrad=config.amsgrad),
+        torch.optim.Adam(critics.parameters(), config.lr_critic, amsgrad=config.amsgrad),
     )
 
 
@@ -130,8 +130,8 @@ def _difference(state: State, rollout: Rollout, generator: torch.Generator) -> t
     zeta = _noise(rollout, generator)
     x = rollout.draw(zeta)
     target_score = state.density.gradient(x.reshape(-1, state.density.dim)).reshape(x.shape)
-    power = state.chain.powers[rollout.numbers].reshape(-1, 1, 1)
-    score = (1 - power) * -x / state.config.base_scale**2 + power * target_score
+    power = hsivi_posterior.powers_at(state.chain, state.step, state.config)[rollout.numbers].reshape(-1, 1, 1)
+    score = (1 - power) * -x + power * target_score
     return x, score + zeta * (-rollout.log_sigma).exp().unsqueeze(1)
 
 

@@ -175,8 +175,9 @@ def values(state: State) -> Values:
     if not config.transitions:
         none = raw["mean"].new_empty(0)
         return Values(reference, none, none, none)
-    step, increments = raw["step"], raw["increments"]
-    damping = raw.get("damping", torch.zeros_like(step))
+    step: Tensor = raw["step"]
+    increments: Tensor = raw["increments"]
+    damping: Tensor = raw["damping"] if "damping" in raw else torch.zeros_like(step)
     if config.paper:
         if config.kind not in WITH_ETA:
             damping = damping * step
@@ -233,7 +234,7 @@ class _KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, bar: Tensor) -> tuple[Tensor | None, ...]:
         return bar[:, None] * ctx.gradient, None, None
 
 
@@ -262,7 +263,7 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
         state.dropped += config.samples_per_step - kept
         if kept:  # a bad row makes every gradient NaN, so the others walk again without it
             elbo = weigh(state, noise[:, finite])[2].mean()
-    norm = _ascend(state, elbo) if kept else math.nan
+    norm = ascend(state, elbo) if kept else math.nan
     state.idle = 0 if math.isfinite(norm) else state.idle + 1
     if state.idle >= PATIENCE:
         raise RunError(
@@ -272,7 +273,7 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
     return {"elbo": elbo.item(), "gradient_norm": norm, "dropped": float(config.samples_per_step - kept)}
 
 
-def _ascend(state: State, elbo: Float[Tensor, ""]) -> float:
+def ascend(state: State, elbo: Float[Tensor, ""]) -> float:
     """One Adam step up; returns the gradient's norm, and does nothing unless that is finite."""
     config = state.config
     gradient = flatten(torch.autograd.grad(elbo, state.trained))
@@ -304,6 +305,11 @@ def _project(state: State) -> None:
         raw["damping"].clamp_(0, 0.99)
     elif "damping" in raw:
         raw["damping"].clamp_(1e-3, 0.99 / float(raw["step"]))
+
+
+def reference(state: State) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+    """Mean and log scale of q, where another run may start."""
+    return state.parameters["mean"].detach().clone(), state.parameters["log_scale"].detach().clone()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a fit says of itself: the summary, the checks, and the one line of the verdict."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predict
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
 from hsivi_cli.methods.posterior import Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
+from hsivi_cli.methods.refine import ISLANDS
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
 SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
@@ -68,10 +70,18 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
     moves = None
     if refined is not None:
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
-        moves = Moves(ess=refined.ess, rhat=refined.r_hat, acceptance=refined.acceptance, memory=refined.memory)
+        # particles do not cross between far modes: there the agreement of independent islands is the evidence
+        memory = None if fit.modes > 1 else refined.memory
+        noise = 2.0 * ISLANDS / len(posterior.values)
+        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=noise)
     predictive = _predictive(fit.density, posterior, seed)
     non_finite = int((~posterior.values.isfinite().all(1)).sum()) + (raw.non_finite if raw is not None else 0)
     verdict = judge(len(posterior.values), weights, moves, predictive, calibration, non_finite)
+    log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)
+    if refined is not None:
+        bridged = refined.log_z is not None and math.isfinite(refined.log_z)
+        evidence = (refined.log_z, refined.log_z_se) if bridged else (refined.smc_log_z, refined.smc_log_z_se)
+        log_z, log_z_se = evidence
     return PosteriorReport(
         method=fit.method,
         route=fit.route,
@@ -82,8 +92,8 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         khat=raw.khat if raw is not None else None,
         elbo=raw.elbo if raw is not None else None,
         elbo_se=raw.elbo_se if raw is not None else None,
-        log_z=refined.log_z if refined is not None else raw.log_z if raw is not None else None,
-        log_z_se=refined.log_z_se if refined is not None else raw.log_z_se if raw is not None else None,
+        log_z=log_z,
+        log_z_se=log_z_se,
         modes=fit.modes,
         predictive=predictive,
         calibration=calibration,

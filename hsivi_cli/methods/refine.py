@@ -50,7 +50,8 @@ class Refined:
     """Equally weighted draws, and how far to trust them.
 
     `log_z` with `log_z_se` is from bridge sampling between the draws and a Gaussian fitted to half of them (infinite
-    error where they do not overlap). `smc_log_z` is the tempered run's own, or that of the weights, None without.
+    error where they do not overlap). `smc_log_z` is the tempered run's own, or that of the weights, None without:
+    consistent, but too low where the fit covers a fraction of the target.
     `r_hat` compares islands (below 1.01 is good) over all coordinates, their squares and the log density; `ess` is the
     number of independent draws their agreement amounts to. `memory` is the correlation with the start that was left,
     `divergences` counts trajectories. `converged` sums up; `note` says what is amiss.

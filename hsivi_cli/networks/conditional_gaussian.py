@@ -9,21 +9,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def mlp(sizes: Sequence[int], generator: torch.Generator, *, smooth: bool = True, last: float = 1.0) -> nn.Sequential:
-    """A float64 MLP of these layer sizes, SiLU or ReLU; `last` scales the start of the last layer (0: it returns 0).
+# Starts of the first and the other hidden layers, as multiples of +-1/sqrt(fan in). With a plain start SiLU is nearly
+# linear on N(0, I), and a layer sees one smooth blob where the target has several modes.
+FIRST_GAIN, HIDDEN_GAIN = 5.0, 2.0
 
-    Weights and biases start uniform on +-1/sqrt(fan in), drawn from `generator` alone.
+
+def mlp(sizes: Sequence[int], generator: torch.Generator, *, smooth: bool = True, last: float = 1.0) -> nn.Sequential:
+    """A float64 MLP of these layer sizes; `last` scales the start of the last layer (0: the network returns 0).
+
+    Weights and biases start uniform on +-gain/sqrt(fan in), drawn from `generator` alone. `smooth` is SiLU with our
+    gains, otherwise ReLU with gain 1 throughout, as published.
     """
     parts: list[nn.Module] = []
     pairs = list(itertools.pairwise(sizes))
     for number, (inputs, outputs) in enumerate(pairs):
         linear = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float64)
-        bound = 1 / math.sqrt(inputs)
+        bound, gain = 1 / math.sqrt(inputs), last
+        if number < len(pairs) - 1:
+            gain = (FIRST_GAIN if number == 0 else HIDDEN_GAIN) if smooth else 1.0
         with torch.no_grad():
             for parameter in (linear.weight, linear.bias):
                 parameter.uniform_(-bound, bound, generator=generator)
-                if number == len(pairs) - 1:
-                    parameter.mul_(last)
+                parameter.mul_(gain)
         parts.append(linear)
         if number < len(pairs) - 1:
             parts.append(nn.SiLU() if smooth else nn.ReLU())

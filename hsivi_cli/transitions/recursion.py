@@ -61,7 +61,7 @@ def run_recursion(
 ) -> Path:
     """Run from `z` and `h_{-1} = h` on the bridge's target.
 
-    Differentiable once in z, every coefficient and the control's parameters; h is taken as a constant.
+    Differentiable once in z, h, every coefficient and the control's parameters.
     """
     coefficients = (recursion.kick, recursion.keep, recursion.pull, recursion.push, recursion.stride)
     if control is not None:
@@ -122,7 +122,7 @@ class _Recursion(torch.autograd.Function):
         if ctx.control is not None:
             drive, controls = coefficients[4:]
             bars += [_dot(bar_kick, controls), *_control_gradients(ctx.control, z[:-1], bar_kick * drive)]
-        return None, None, None, *bars
+        return None, None, coefficients[0][0] * bar_kick[0], *bars
 
 
 def _adjoint(

@@ -11,6 +11,7 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.methods import gaussian_vi
 from hsivi_cli.methods.gaussian_vi import Config, fit_gaussian, gaussian_log_prob, moment_matched_normals
 from hsivi_cli.targets.density import Density
+from hsivi_cli.targets.whiten import Affine
 
 LOG_Z = 2.3
 
@@ -63,6 +64,18 @@ def test_mean_field_has_the_precisions_diagonal():
     torch.testing.assert_close(fit.scale_tril, sds.diag(), rtol=2e-3, atol=1e-12)
     assert gap < -0.2
     assert abs(fit.elbo - (LOG_Z + gap)) < 4 * fit.elbo_se
+
+
+@pytest.mark.parametrize("covariance", ["mean-field", "full-rank"])
+def test_the_fit_finds_its_way_from_a_wrong_start(covariance):
+    density, location, true_covariance = gaussian(units=0.0)  # the mode's Gaussian would be the answer already
+    base = Affine(location + 2.0, torch.full((4,), 0.3, dtype=torch.float64))
+    fit = gaussian_vi._fit_from(density, covariance, base, 0, None)
+    expected = true_covariance
+    if covariance == "mean-field":
+        expected = (mean_field_optimum(true_covariance)[0] ** 2).diag()
+    assert relative(fit.location, location, true_covariance.diagonal().sqrt()) < 5e-3
+    torch.testing.assert_close(fit.scale_tril @ fit.scale_tril.T, expected, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("covariance", ["mean-field", "full-rank"])

@@ -39,6 +39,10 @@ def test_a_displaced_cloud_settles_on_its_target():
     cloud = start(0.3 * normals(2000, 3) + 4)
     assert settle(cloud, log_prob, gradient, 0.1, 2000)
     assert cloud.memory < 0.1
+    # the start's shape was a poor one to move in; it has been learnt on the way
+    shape = torch.linalg.solve_triangular(CORRELATED, cloud.scale @ cloud.scale.T, upper=False)
+    shape = torch.linalg.solve_triangular(CORRELATED, shape.T, upper=False)
+    assert float((shape - torch.eye(3)).abs().max()) < 0.25
     assert 0.6 < cloud.acceptance < 0.99
     states = harvest(cloud, log_prob, gradient, 3, 0.1, 1000)
     assert len(states) == 3
@@ -90,6 +94,11 @@ def test_agreement_counts_independent_draws():
     found = agreement(independent, 16)
     assert found.r_hat < 1.01
     assert 2000 < found.ess <= 8000
+    # by hand: four islands with means 1, 2, 3, 4 and variances 2 in each
+    means = torch.arange(1.0, 5.0, dtype=torch.float64)
+    by_hand = agreement([(means[:, None] + torch.tensor([-1.0, 1.0])).reshape(8, 1)], 4)
+    assert abs(by_hand.r_hat - math.sqrt(1 + (5 / 3) / 2)) < 1e-12
+    assert abs(by_hand.ess - 4 / ((5 / 3) / 2)) < 1e-12
     duplicated = agreement([normals(200, 5).repeat_interleave(20, 0)], 16)
     assert duplicated.ess < 400
     shifted = normals(4000, 5) + torch.arange(16.0).repeat_interleave(250)[:, None] / 10

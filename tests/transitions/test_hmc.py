@@ -73,9 +73,10 @@ def moved_far(z, log_prob, trajectory, moves, seed=5):
 @pytest.mark.parametrize("leapfrogs", [1, 4], ids=["mala", "hmc"])
 def test_a_gaussian_stays_what_it_is(leapfrogs):
     # a step so large that a third is rejected: without the accept step the variance would be off by a fifth
-    z, acceptance = moved_far(draws(20_000, 1), lambda z: -0.5 * z[:, 0] ** 2, Trajectory(1.6, leapfrogs), 5)
+    z, acceptance = moved_far(draws(100_000, 1), lambda z: -0.5 * z[:, 0] ** 2, Trajectory(1.6, leapfrogs), 5)
     assert 0.5 < acceptance < 0.95
     assert stats.kstest(z[:, 0].numpy(), "norm").pvalue > 1e-3
+    assert abs(float((z**2).mean()) - 1) < 4 * math.sqrt(2 / 100_000)
 
 
 def test_a_non_gaussian_target_is_reached_and_kept():

@@ -1,0 +1,42 @@
+"""Adam on one vector is Adam."""
+
+import torch
+from torch import nn
+
+from hsivi_cli.engine.flat_adam import FlatAdam, flatten
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).double()) for shape in ((3, 2), (), (4,))]
+
+
+def loss(made):
+    return made[0].sin().sum() * made[1] + (made[2] ** 4).sum()
+
+
+def test_agrees_with_torch_and_scales_rates():
+    ours, theirs = parameters(), parameters()
+    optimiser = FlatAdam(ours, [1.0, 10.0, 1.0])
+    peer = torch.optim.Adam([{"params": [theirs[0], theirs[2]], "lr": 1e-2}, {"params": [theirs[1]], "lr": 1e-1}])
+    for _ in range(20):
+        optimiser.ascend(flatten(torch.autograd.grad(-loss(ours), ours)), 1e-2)
+        peer.zero_grad()
+        loss(theirs).backward()
+        peer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=0)
+
+
+def test_resumes_where_it_was():
+    ours, again = parameters(), parameters()
+    first, second = FlatAdam(ours, [1.0] * 3), FlatAdam(again, [1.0] * 3)
+    gradient = torch.randn(11).double()
+    first.ascend(gradient, 0.1)
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(again, ours, strict=True):
+        a.data.copy_(b.data)
+    for optimiser in (first, second):
+        optimiser.ascend(2 * gradient, 0.1)
+    for a, b in zip(again, ours, strict=True):
+        assert torch.equal(a, b)
