@@ -171,7 +171,7 @@ def show(
     as_json: bool,
     also: dict[str, Any],
 ) -> None:
-    """Write the first `draws` draws, print the summary of all, and leave with exit code 3 where the draws are not to be used."""
+    """Write the first `draws` draws, print the summary of all; exit code 3 where they are not to be used."""
     from hsivi_cli.io.draw_files import write_draws
 
     stream = None

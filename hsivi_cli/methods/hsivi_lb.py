@@ -32,6 +32,9 @@ class Config(PosteriorConfig):
         return self.inner or self.batch - 1
 
 
+published_settings = hsivi_posterior.published_settings
+
+
 @dataclass
 class State:
     """The chain and its optimiser."""

@@ -1,8 +1,8 @@
 """The chain that HSIVI-LB and HSIVI-SM train for a log density (Yu et al. 2023, arXiv 2310.17153).
 
 `x_K ~ N(0, I)`, then `x_k ~ q(x_k | x_{k+1}) = N(mu_k(x_{k+1}), diag sigma_k^2)` for k = K-1 .. 0. The marginal of
-layer k is matched to the geometric bridge `log p_k = (1 - l_k) log N(0, I) + l_k log p`, l_k = ((K-k)/K)^1.5, so p_0 is
-the target. Layers are trained jointly, with no gradient through a layer's input, or one after another from the base.
+layer k is matched to the geometric bridge `log p_k = (1 - l_k) log N(0, I) + l_k log p`, l_k = ((K-k)/K)^1.5, so p_0
+is the target. Layers are trained jointly, with no gradient through a layer's input, or one after another from the base.
 
 A marginal q(x_0) is a mixture of infinitely many Gaussians; `sample` estimates its log density by J of them.
 """
@@ -31,14 +31,23 @@ Training = Literal["joint", "layerwise"]
 INFORMATION = 1.4
 ROWS_AT_ONCE = 2048  # draws against J components: memory of the density estimate
 
+# What the authors' sibling repositories (SIVISM, KSIVI) use, up to this dimension.
+_PUBLISHED: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {"base_dim": 3, "hidden": (50, 50), "lr": 1e-3, "steps": 50_000, "batch": 500}),
+    (100, {"base_dim": 10, "hidden": (100, 100), "lr": 1e-3, "steps": 20_000, "batch": 100}),
+    (2**62, {"base_dim": 3, "hidden": (10, 10), "lr": 2e-5, "steps": 20_000, "batch": 100}),
+)
+
 
 @dataclass(frozen=True)
 class PosteriorConfig:
     """What both objectives share.
 
     `base_dim` 0 means max(d, 3): a little more base noise than coordinates helps in two dimensions. `residual` False is
-    the published mean network. `training` "layerwise" gives every layer its share of the steps, from the base on.
-    `components` is the J of the density estimate of a finished fit.
+    the published mean network. `sigma` is the start of every layer's noise, 0 means `exp(-1.4 / d)`. The target's power
+    in bridge k is `((K - k) / K) ** bridge_power`; while the first share `anneal` of training lasts, it rises to that
+    from 0, which is what an untrained chain matches: modes are found before they part. `training` "layerwise" gives
+    every layer its share of the steps, from the base on. `components` is the J of a finished fit's density estimate.
     """
 
     layers: int = 3
@@ -59,6 +68,12 @@ class PosteriorConfig:
     clip: float = 10.0
     ema: float = 0.995
     components: int = 1024
+
+
+def published_settings(dim: int) -> dict[str, Any]:
+    """Settings of `PosteriorConfig` for a target of this dimension as published: ReLU means, AMSGrad, no annealing."""
+    found = next(settings for most, settings in _PUBLISHED if dim <= most)
+    return found | {"residual": False, "amsgrad": True, "anneal": 0.0, "bridge_power": 1.0, "lr_schedule": "constant"}
 
 
 @dataclass
@@ -110,6 +125,8 @@ def check_config(config: PosteriorConfig) -> None:
     ):
         if value < least:
             raise InputError(f"{flag} {value}: must be at least {least}")
+    if not (0 <= config.anneal <= 1 and config.bridge_power > 0):
+        raise InputError(f"--anneal {config.anneal:g} must be a share, --bridge-power {config.bridge_power:g} positive")
     if not 0 <= config.sigma < 1:
         raise InputError(f"--sigma {config.sigma:g}: the start of the layers' noise must lie between 0 and 1")
 

@@ -29,12 +29,27 @@ Divergence = Literal["fisher", "kl"]
 
 @dataclass(frozen=True)
 class Config(PosteriorConfig):
-    """A resolved HSIVI-SM fit."""
+    """A resolved HSIVI-SM fit; the critic must learn faster than the chain, which else runs ahead of it."""
 
+    lr: float = 3e-3
     critic_hidden: tuple[int, ...] = (128, 128)
     critic_steps: int = 2
-    lr_critic: float = 3e-3
+    lr_critic: float = 1e-2
     divergence: Divergence = "fisher"
+
+
+# The critics that go with `hsivi_posterior.published_settings`.
+_PUBLISHED_CRITICS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (2, {"critic_hidden": (128, 128), "lr_critic": 2e-3}),
+    (100, {"critic_hidden": (256, 256), "lr_critic": 3e-3}),
+    (2**62, {"critic_hidden": (16, 16), "lr_critic": 1e-2}),
+)
+
+
+def published_settings(dim: int) -> dict[str, Any]:
+    """Settings of `Config` for a target of this dimension as published; one critic step a step."""
+    found = next(settings for most, settings in _PUBLISHED_CRITICS if dim <= most)
+    return hsivi_posterior.published_settings(dim) | found | {"critic_steps": 1}
 
 
 @dataclass

@@ -23,7 +23,7 @@ from hsivi_cli.io.draws import Draws
 from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
 from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws
-from hsivi_cli.methods.laplace import Mode, find_mode, require_proper
+from hsivi_cli.methods.laplace import Mode, find_mode, hessian_at, require_proper
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.refine import Refined, refine, tempered_smc
 from hsivi_cli.targets.density import Density, column_names, flatten_values
@@ -171,14 +171,16 @@ def _start(density: Density, options: FitOptions) -> tuple[GaussianFit, int]:
         return GaussianFit(zero, one, math.nan, math.nan, "full-rank"), 1
     mode = find_mode(density, random_starts=8 if density.dim <= 20 else 3, seed=options.seed)
     require_proper(mode, density)
-    if len(mode.others):
-        return _over_modes(mode), 1 + len(mode.others)
+    if mode.kind == "mode":
+        # a climb from a point of symmetry may have ended on a saddle
+        others = [z for z in mode.others if float(torch.linalg.eigvalsh(hessian_at(density, z)).max()) < 0]
+        if others:
+            return _over_modes(mode, torch.stack([mode.location, *others])), 1 + len(others)
     return fit_gaussian(density, "full-rank", mode, options.seed), 1
 
 
-def _over_modes(mode: Mode) -> GaussianFit:
+def _over_modes(mode: Mode, points: Float64[Tensor, "m d"]) -> GaussianFit:
     """The Gaussian with the moments of equal bumps at all modes found, each with the curvature of the highest."""
-    points = torch.cat([mode.location[None], mode.others])
     centred = points - points.mean(0)
     covariance = mode.scale_tril @ mode.scale_tril.T + centred.T @ centred / len(points)
     return GaussianFit(points.mean(0), torch.linalg.cholesky(covariance), math.nan, math.nan, "full-rank")

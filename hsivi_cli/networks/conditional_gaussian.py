@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 # Starts of the first and the other hidden layers, as multiples of +-1/sqrt(fan in). With a plain start SiLU is nearly
 # linear on N(0, I), and a layer sees one smooth blob where the target has several modes.
 FIRST_GAIN, HIDDEN_GAIN = 5.0, 2.0

@@ -21,7 +21,16 @@ from formulae.terms.call_resolver import CallResolver
 from jaxtyping import Float64, Int64
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.formula_syntax import FUNCTIONS, TWO_ARGUMENTS, Syntax, children, parse_formula, unparse, walk
+from hsivi_cli.targets.formula_syntax import (
+    FUNCTIONS,
+    TWO_ARGUMENTS,
+    Syntax,
+    addends,
+    children,
+    parse_formula,
+    unparse,
+    walk,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -123,7 +132,27 @@ class _Call(CallTerm):
 
 
 class _Resolver(Resolver):
-    """formulae's resolver, with names of function terms that keep their brackets."""
+    """formulae's resolver, with names of function terms that keep their brackets, and long sums in linear time."""
+
+    def visitBinaryExpr(self, expr: Any) -> Any:
+        first, rest = addends(expr)
+        if not rest:
+            return super().visitBinaryExpr(expr)
+        total = first.accept(self)
+        known: set[Term] | None = None  # the terms in `total`, while only terms are added
+        for operator, node in rest:
+            part = node.accept(self)
+            if operator.kind == "PLUS" and isinstance(total, Model) and isinstance(part, Term):
+                # formulae's own addition compares a term with each one before it
+                if known is None:
+                    known = {term for term in total.common_terms if isinstance(term, Term)}
+                if part not in known:
+                    known.add(part)
+                    total.common_terms.append(part)
+            else:
+                known = None
+                total = total + part if operator.kind == "PLUS" else total - part
+        return total
 
     def visitCallExpr(self, expr: Any) -> Any:
         call = _Call(CallResolver(expr).resolve())
@@ -165,6 +194,11 @@ def _category_predictors(syntax: Syntax, frame: "pandas.DataFrame") -> set[str]:
     import pandas as pd
 
     def visit(node: Any, categories: bool) -> Iterator[str]:
+        first, rest = addends(node)
+        if rest:
+            for part in (first, *(part for _, part in rest)):
+                yield from visit(part, categories)
+            return
         if isinstance(node, Variable_ | QuotedName):
             name = unparse(node)
             if name in frame.columns and (categories or not pd.api.types.is_numeric_dtype(frame[name])):
@@ -229,7 +263,7 @@ def _common(
     design: DesignMatrices, rows: int, syntax: Syntax
 ) -> tuple[tuple[str, ...], Float64[np.ndarray, "N p"], Float64[np.ndarray, " N"]]:
     """Names and columns of the population-level predictors, and the sum of the offsets."""
-    names: list[str] = []
+    names: dict[str, None] = {}
     columns: list[np.ndarray] = []
     offset = np.zeros(rows)
     for term in design.model.common_terms:
@@ -242,9 +276,9 @@ def _common(
             continue
         labels = [str(label) for label in term.labels]
         _check_finite(values, labels, syntax)
-        if set(labels) & set(names):
-            raise syntax.fail(f'two predictors are named "{(set(labels) & set(names)).pop()}"')
-        names += labels
+        if twice := [label for label in labels if label in names]:
+            raise syntax.fail(f'two predictors are named "{twice[0]}"')
+        names |= dict.fromkeys(labels)
         columns.append(values)
     return tuple(names), np.concatenate([np.empty((rows, 0)), *columns], 1), offset
 

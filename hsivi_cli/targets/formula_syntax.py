@@ -48,8 +48,9 @@ LIBRARY: dict[str, tuple[str, ...]] = {
     "bs": ("df", "knots", "degree", "intercept", "lower_bound", "upper_bound"), "poly": ("degree", "raw"),
 }  # fmt: skip
 CONTRASTS = ("Treatment", "Sum")
-_OPERATORS_IN_CALLS = ("PLUS", "MINUS", "STAR", "SLASH", "STAR_STAR", "LESS", "LESS_EQUAL", "GREATER",
-                       "GREATER_EQUAL", "EQUAL_EQUAL", "BANG_EQUAL")  # fmt: skip
+_SHOWN = 240  # characters of a formula in a message
+_OPERATORS_IN_CALLS = ("STAR", "SLASH", "STAR_STAR", "LESS", "LESS_EQUAL", "GREATER", "GREATER_EQUAL", "EQUAL_EQUAL",
+                       "BANG_EQUAL")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def parse_formula(text: str, columns: Sequence[str]) -> Syntax:
     walker = _Walker(text, tuple(columns))
     if not isinstance(tree.left, Variable | Call | QuotedName):
         raise _complaint(text, "the response must be one column or one function of columns", _position(tree.left))
-    walker.check(tree.left, inside_call=False)
-    walker.check(tree.right, inside_call=False)
+    try:
+        walker.check(tree.left, inside_call=False)
+        walker.check(tree.right, inside_call=False)
+    except RecursionError as err:
+        raise InputError("the formula is nested too deeply") from err
     return Syntax(text, tree, tuple(dict.fromkeys(walker.named)), tuple(dict.fromkeys(walker.whole)))
 
 
@@ -126,14 +130,28 @@ def children(node: Any) -> list[Any]:
 
 def walk(node: Any) -> Iterator[Any]:
     """All nodes of a syntax tree, the root first."""
-    yield node
-    for child in children(node):
-        yield from walk(child)
+    waiting = [node]  # a formula of a thousand columns is a thousand levels deep
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += reversed(children(node))
+
+
+def addends(node: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+    """`a + b - c` as a and [(+, b), (-, c)]: the tree leans to the left, a level for each operator."""
+    rest = []
+    while isinstance(node, Binary) and node.operator.kind in ("PLUS", "MINUS"):
+        rest.append((node.operator, node.right))
+        node = node.left
+    return node, rest[::-1]
 
 
 def unparse(node: Any) -> str:
     """An expression as text, brackets kept (formulae's own names of terms lose them)."""
     if isinstance(node, Binary):
+        first, rest = addends(node)
+        if rest:
+            return " ".join([unparse(first), *(f"{operator.lexeme} {unparse(part)}" for operator, part in rest)])
         return f"{unparse(node.left)} {node.operator.lexeme} {unparse(node.right)}"
     if isinstance(node, Unary):
         return f"{node.operator.lexeme}{unparse(node.right)}"
@@ -154,7 +172,7 @@ class _Walker:
     """Checks every node, and collects the columns that are named."""
 
     def __init__(self, text: str, columns: tuple[str, ...]) -> None:
-        self.text, self.columns = text, columns
+        self.text, self.columns, self.known = text, columns, frozenset(columns)
         self.named: list[str] = []
         self.whole: list[str] = []
 
@@ -177,7 +195,7 @@ class _Walker:
 
     def _column(self, node: Any) -> None:
         name = unparse(node)
-        if name not in self.columns:
+        if name not in self.known:
             close = difflib.get_close_matches(name, self.columns, 1)
             hint = f'did you mean "{close[0]}"?' if close else f"the table has {_listed(self.columns)}"
             self._fail(f'there is no column "{name}": {hint}', node)
@@ -187,6 +205,11 @@ class _Walker:
 
     def _binary(self, node: Any, inside_call: bool) -> None:
         kind = node.operator.kind
+        if kind in ("PLUS", "MINUS"):
+            first, rest = addends(node)
+            for part in (first, *(part for _, part in rest)):
+                self.check(part, inside_call)
+            return
         if inside_call:
             if kind not in _OPERATORS_IN_CALLS:
                 self._fail(f'"{node.operator.lexeme}" has no meaning inside a function', node)
@@ -199,7 +222,7 @@ class _Walker:
                 self._fail("interactions go to order 4 at most, as in (a + b) ** 2", node)
             self.check(node.left, inside_call)
             return
-        elif kind not in ("PLUS", "MINUS", "STAR", "SLASH", "COLON", "PIPE"):
+        elif kind not in ("STAR", "SLASH", "COLON", "PIPE"):
             self._fail(f'"{node.operator.lexeme}" has no meaning here: arithmetic goes into I(...)', node)
         self.check(node.left, inside_call)
         self.check(node.right, inside_call)
@@ -238,12 +261,19 @@ class _Walker:
 
 
 def _complaint(text: str, message: str, span: tuple[int, int] | None) -> InputError:
-    text_line = " ".join(text.split())
     if span is None:
-        return InputError(f'formula "{text_line}": {message}')
+        return InputError(f'formula "{shortened(" ".join(text.split()))}": {message}')
     start, end = span
-    marked = f"{text[:start]}>>{text[start:end]}<<{text[end:]}"
+    before, after = text[:start], text[end:]
+    before = before if len(before) <= _SHOWN // 2 else "..." + before[-_SHOWN // 2 :]
+    after = after if len(after) <= _SHOWN // 2 else after[: _SHOWN // 2] + "..."
+    marked = f"{before}>>{shortened(text[start:end])}<<{after}"
     return InputError(f'formula "{" ".join(marked.split())}": {message}')
+
+
+def shortened(text: str) -> str:
+    """The beginning and the end of a text that is too long for a line."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 def _token_span(parser: Any, text: str) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def test_critic_step_leaves_q_and_chain_step_leaves_the_critics():
 
 def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
     # One layer, mean W y + b by a network without hidden layers, and the critic put in closed form
-    state = make(hsivi_sm_posterior, layers=1, hidden=(), critic_hidden=(), batch=200_000, base_dim=2)
+    state = make(hsivi_sm_posterior, layers=1, hidden=(), critic_hidden=(), batch=200_000, base_dim=2, anneal=0.0)
     layer = state.chain.layers[0]
     with torch.no_grad():
         layer.net[0].weight.copy_(torch.tensor([[0.2, -0.3], [0.1, 0.4]], dtype=F64))
@@ -170,7 +170,8 @@ def test_one_layer_learns_a_conjugate_posterior_and_stays_below_the_evidence(met
 
 @both
 def test_bridges_go_from_the_base_to_the_target(method):
-    state = make(method, layers=4)
+    state = make(method, layers=4, bridge_power=1.0, anneal=0.0)
+    state.step = 1
     torch.testing.assert_close(state.chain.powers, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=F64))
     if method is hsivi_sm_posterior:
         rollout = hsivi_posterior.roll_out(state.chain, range(4), 16, generator(0, Stream.TRAIN, 1))
@@ -181,6 +182,32 @@ def test_bridges_go_from_the_base_to_the_target(method):
             point = x[k].detach().requires_grad_(True)
             log_p = (1 - power) * hsivi_posterior.log_base(point) + power * CONJUGATE.log_prob(point)
             torch.testing.assert_close(bridge[k], torch.autograd.grad(log_p.sum(), point)[0])
+
+
+def test_powers_rise_from_the_untrained_chain_to_the_bridges():
+    config = hsivi_lb.Config(layers=3, steps=30, anneal=0.5)
+    chain = hsivi_posterior.make_chain(2, config)
+    powers = torch.stack([hsivi_posterior.powers_at(chain, step, config) for step in range(1, 31)])
+    assert bool((powers.diff(dim=0) >= 0).all())
+    assert float(powers[0].max()) < 0.01
+    assert torch.equal(powers[14:], chain.powers.expand(16, 3))
+    one_by_one = hsivi_lb.Config(layers=3, steps=30, anneal=0.5, training="layerwise")
+    for k, first in ((2, 1), (1, 11), (0, 21)):
+        # a layer starts at the bridge of its input and ends at its own
+        below = chain.powers[k + 1] if k < 2 else 0.0
+        ladder = [float(hsivi_posterior.powers_at(chain, step, one_by_one)[k]) for step in range(first, first + 10)]
+        assert ladder == sorted(ladder)
+        assert abs(ladder[0] - float(below)) < 0.05
+        assert ladder[4] == ladder[-1] == float(chain.powers[k])
+
+
+@both
+def test_published_settings_make_a_fit(method):
+    for dim in (2, 22, 751):
+        target = Density("normal", dim, hsivi_posterior.log_base)
+        state = method.init(target, method.Config(**method.published_settings(dim) | {"steps": 2, "batch": 4}))
+        assert math.isfinite(advance(method, state, 2)["elbo"])
+        assert method.sample(state, NoiseStreams(0, range(3))).z.shape == (3, dim)
 
 
 @both
