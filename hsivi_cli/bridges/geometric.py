@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,16 +19,14 @@ MOST_INTERVALS = 32  # a schedule of more bridges than this is interpolated from
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """`N(mean, diag(scale^2))`; the fields have shape (d,) and may want gradients. Use `diagonal_gaussian`."""
+    """`N(mean, diag(exp(2 log_scale)))`; both have shape (d,) and may want gradients."""
 
     mean: Float[Tensor, " d"]
     log_scale: Float[Tensor, " d"]
-    scale: Float[Tensor, " d"]
-    precision: Float[Tensor, " d"]
 
     def draw(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Reparameterised draws from standard normal noise."""
-        return torch.addcmul(self.mean, self.scale, noise)
+        return torch.addcmul(self.mean, self.log_scale.exp(), noise)
 
     def log_prob_of_noise(self, noise: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """`log q(draw(noise))`; the mean cancels."""
@@ -35,17 +34,11 @@ class DiagonalGaussian:
 
     def log_prob(self, z: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Log density of each row."""
-        return self.log_prob_of_noise((z - self.mean) / self.scale)
+        return self.log_prob_of_noise((z - self.mean) * (-self.log_scale).exp())
 
     def gradient(self, z: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Gradient of `log_prob`."""
-        return (self.mean - z) * self.precision
-
-
-def diagonal_gaussian(mean: Float[Tensor, " d"], log_scale: Float[Tensor, " d"]) -> DiagonalGaussian:
-    """`N(mean, diag(exp(2 log_scale)))`."""
-    scale = log_scale.exp()
-    return DiagonalGaussian(mean, log_scale, scale, scale.square().reciprocal())
+        return (self.mean - z) * (-2 * self.log_scale).exp()
 
 
 def increment_count(bridges: int) -> int:
@@ -74,18 +67,22 @@ def schedule(increments: Float[Tensor, " g"], bridges: int) -> Float[Tensor, " k
 
 
 Rows = Float[Tensor, "n d"]
-Gradient = Callable[[Rows], Rows]
-Linearised = tuple[Rows, Gradient]
+Array = np.ndarray
+Linearised = tuple[Array, Callable[[Array], Array]]
 
 
-def linearise_by_autograd(gradient: Gradient) -> Callable[[Rows], Linearised]:
+def linearise_by_autograd(gradient: Callable[[Rows], Rows]) -> Callable[[Array], Linearised]:
     """What `GeometricBridge.linearise` wants, for any differentiable gradient."""
 
-    def at(z: Rows) -> Linearised:
+    def at(z: Array) -> Linearised:
         with torch.enable_grad():
-            point = z.detach().requires_grad_(True)
+            point = torch.from_numpy(z).requires_grad_(True)
             value = gradient(point)
-        return value.detach(), lambda v: torch.autograd.grad(value, point, v, retain_graph=True)[0]
+
+        def product(v: Array) -> Array:
+            return torch.autograd.grad(value, point, torch.from_numpy(v), retain_graph=True)[0].numpy()
+
+        return value.detach().numpy(), product
 
     return at
 
@@ -94,14 +91,14 @@ def linearise_by_autograd(gradient: Gradient) -> Callable[[Rows], Linearised]:
 class GeometricBridge:
     """The bridges 1 .. K between `reference` and the density whose gradient is `target_gradient`.
 
-    `target_gradient` maps (n, d) to (n, d) and can be differentiated once more. `linearise(z)` is that gradient at z
-    without a graph, and the product `v -> H v` with the target's Hessian at each row of z.
+    `linearise(z)` is that gradient at the rows of an array z, and the product `v -> H v` with the target's Hessian at
+    each row (both must be safe to keep, and new arrays); it is what a walk spends its time in.
     """
 
     reference: DiagonalGaussian
-    target_gradient: Gradient
+    target_gradient: Callable[[Rows], Rows]
     betas: Float[Tensor, "k 1 1"]
-    linearise: Callable[[Rows], Linearised]
+    linearise: Callable[[Array], Linearised]
 
     def gradient(self, k: int, z: Rows) -> Rows:
         """`g_k = (1 - b_k) grad log q + b_k grad log p` at z, k counted from 0."""
@@ -110,10 +107,22 @@ class GeometricBridge:
 
 def geometric_bridge(
     reference: DiagonalGaussian,
-    target_gradient: Gradient,
+    target_gradient: Callable[[Rows], Rows],
     betas: Float[Tensor, " k"],
-    linearise: Callable[[Rows], Linearised] | None = None,
+    linearise: Callable[[Array], Linearised] | None = None,
 ) -> GeometricBridge:
-    """A bridge whose Hessian products come from autograd unless `linearise` is given."""
+    """A bridge whose Hessian products come from autograd unless `linearise` is given.
+
+    Without gradients there are no products either: the walk then asks for the gradient alone.
+    """
+    if not torch.is_grad_enabled():
+        return GeometricBridge(reference, target_gradient, betas[:, None, None], _gradient_alone(target_gradient))
     products = linearise or linearise_by_autograd(target_gradient)
     return GeometricBridge(reference, target_gradient, betas[:, None, None], products)
+
+
+def _gradient_alone(gradient: Callable[[Rows], Rows]) -> Callable[[Array], Linearised]:
+    def no_product(v: Array) -> Array:
+        raise RuntimeError("this walk was made without gradients")
+
+    return lambda z: (gradient(torch.from_numpy(z)).detach().numpy(), no_product)

@@ -61,7 +61,7 @@ def cell_masses(
 def jensen_shannon(p: Float[Tensor, " c"], q: Float[Tensor, " c"]) -> float:
     """`(KL(p, m) + KL(q, m)) / 2` with m the average of p and q, in nats; p and q are normalised first."""
     p, q = p / p.sum(), q / q.sum()
-    middle = (p + q) / 2
+    middle = ((p + q) / 2).clamp_min(torch.finfo(p.dtype).tiny)  # half of the smallest number is zero
     kl = [torch.special.xlogy(r, r).sum() - torch.special.xlogy(r, middle).sum() for r in (p, q)]
     return float((kl[0] + kl[1]) / 2)
 

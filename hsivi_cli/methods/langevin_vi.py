@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from hsivi_cli.bridges.geometric import (
     DiagonalGaussian,
     GeometricBridge,
-    diagonal_gaussian,
     geometric_bridge,
     increment_count,
     schedule,
@@ -116,8 +115,8 @@ class Values:
 
     reference: DiagonalGaussian
     betas: Float[Tensor, " k"]
-    step: Float[Tensor, "k 1 1"]
-    damping: Float[Tensor, "k 1 1"]
+    step: Float[Tensor, "1 1 1"]
+    damping: Float[Tensor, "1 1 1"]
 
 
 def init(
@@ -171,7 +170,7 @@ def _initial_scalars(config: Config) -> dict[str, Tensor]:
 def values(state: State) -> Values:
     """What the stored parameters mean."""
     raw, config = state.parameters, state.config
-    reference = diagonal_gaussian(raw["mean"], raw["log_scale"])
+    reference = DiagonalGaussian(raw["mean"], raw["log_scale"])
     if not config.transitions:
         none = raw["mean"].new_empty(0)
         return Values(reference, none, none, none)
@@ -182,9 +181,9 @@ def values(state: State) -> Values:
         if config.kind not in WITH_ETA:
             damping = damping * step
     else:
-        step, increments, damping = step.exp(), increments.exp(), damping.sigmoid()
-    rows = (config.transitions, 1, 1)
-    return Values(reference, schedule(increments, config.bridges), step.expand(rows), damping.expand(rows))
+        step, increments, damping = step.exp(), increments.softmax(0), damping.sigmoid()
+    one = (1, 1, 1)
+    return Values(reference, schedule(increments, config.bridges), step.view(one), damping.view(one))
 
 
 def weigh(
@@ -193,38 +192,35 @@ def weigh(
     """The last states, `log p` there and `log w` of n walks driven by `noise` (`config.noise_rows` rows)."""
     at = values(state) if at is None else at
     density, kind, network = state.density, state.config.kind, state.network
-    z = at.reference.draw(noise[0])
-    log_start = at.reference.log_prob_of_noise(noise[0])
+    start, others = noise[0], noise[1:]
+    log_start = at.reference.log_prob_of_noise(start)
     if kind == "vi":
+        z = at.reference.draw(start)
         log_prob = density.log_prob(z)
         return z, log_prob, log_prob - log_start
     bridge = geometric_bridge(at.reference, density.gradient, at.betas, getattr(density, "linearise", None))
-    if kind in OVERDAMPED:
-        if kind == "cmcd":
-            assert network is not None
-            walk = controlled_walk(z, bridge, at.step, noise[1:], network)
-        else:
-            walk = overdamped_walk(z, bridge, at.step, noise[1:], network)
-        momenta = torch.zeros_like(log_start)
+    if kind == "cmcd":
+        assert network is not None
+        walk = controlled_walk(start, bridge, at.step, others, network)
+    elif kind in OVERDAMPED:
+        walk = overdamped_walk(start, bridge, at.step, others, network)
     else:
-        walk = _walk_with_momentum(state, at, bridge, z, noise)
-        assert walk.momentum is not None
-        momenta = log_momentum_ratio(noise[1], walk.momentum)
+        walk = _walk_with_momentum(state, at, bridge, noise)
     with torch.no_grad():
         log_prob = density.log_prob(walk.z)
-    log_prob = known_gradient(walk.z, log_prob, walk.target_gradient)
-    return walk.z, log_prob, log_prob - log_start + momenta + walk.log_ratio
+    log_weight = known_gradient(walk.z, log_prob, walk.target_gradient) + walk.log_ratio - log_start
+    if walk.momentum is not None:
+        log_weight = log_weight + log_momentum_ratio(noise[1], walk.momentum)
+    return walk.z, log_prob, log_weight
 
 
-def _walk_with_momentum(
-    state: State, at: Values, bridge: GeometricBridge, z: Float[Tensor, "n d"], noise: Float[Tensor, "rows n d"]
-) -> Walk:
+def _walk_with_momentum(state: State, at: Values, bridge: GeometricBridge, noise: Float[Tensor, "rows n d"]) -> Walk:
     kind, network = state.config.kind, state.network
     score = None if network is None else lambda z, rho: network(torch.cat([z, rho], 2))
     if kind.endswith("-em"):
-        return euler_walk(z, noise[1], bridge, at.step, at.damping, noise[2:], score)
+        return euler_walk(noise[0], noise[1], bridge, at.step, at.damping, noise[2:], score)
     refresh = {"ldvi": euler_refresh, "ldvi-mixed": mixed_refresh}.get(kind, exact_refresh)(at.damping)
-    return underdamped_walk(z, noise[1], bridge, at.step, refresh, noise[2:], score)
+    return underdamped_walk(noise[0], noise[1], bridge, at.step, refresh, noise[2:], score)
 
 
 class _KnownGradient(torch.autograd.Function):

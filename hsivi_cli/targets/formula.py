@@ -175,18 +175,23 @@ def _prepared(frame: "pandas.DataFrame", syntax: Syntax) -> "pandas.DataFrame":
         if column.isna().any():
             raise InputError(f'column "{name}" has missing values: fill them in, or drop these rows with --na drop')
         if isinstance(column.dtype, pd.CategoricalDtype):
-            columns[name] = column.cat.remove_unused_categories().cat.as_ordered()
+            columns[name] = column.cat.remove_unused_categories().cat.as_ordered().reset_index(drop=True)
         elif pd.api.types.is_bool_dtype(column) or pd.api.types.is_numeric_dtype(column):
             if np.iscomplexobj(column):
                 raise InputError(f'column "{name}" holds complex numbers')
-            kept = name in syntax.whole
-            whole = kept and not pd.api.types.is_float_dtype(column)
-            columns[name] = column if whole and column.dtype.kind in "biu" else column.astype(np.float64)
+            values = column.to_numpy(np.float64)
+            if name not in syntax.whole:
+                columns[name] = pd.Series(values)
+            elif column.dtype.kind in "biu":
+                columns[name] = column.reset_index(drop=True)
+            else:  # whole numbers beside gaps come as floats
+                whole = np.isfinite(values).all() and (np.abs(values) < 2**53).all() and (values % 1 == 0).all()
+                columns[name] = pd.Series(values.astype(np.int64) if whole else values)
         elif pd.api.types.is_string_dtype(column) or column.dtype == object:
-            columns[name] = _categories(column)
+            columns[name] = _categories(column, dates=name in syntax.whole).reset_index(drop=True)
         else:
             raise InputError(f'column "{name}" holds {column.dtype}, neither numbers nor text: convert it first')
-    return pd.DataFrame(columns, index=frame.index).reset_index(drop=True)
+    return pd.DataFrame(columns)
 
 
 def _category_predictors(syntax: Syntax, frame: "pandas.DataFrame") -> set[str]:
@@ -212,22 +217,36 @@ def _category_predictors(syntax: Syntax, frame: "pandas.DataFrame") -> set[str]:
     return set(visit(syntax.tree.right, False))
 
 
-def _categories(column: "pandas.Series") -> "pandas.Series":
-    """Text as ordered categories; refuses numbers with stray text, which would make a category of each number."""
+def _categories(column: "pandas.Series", dates: bool) -> "pandas.Series":
+    """Text as ordered categories, whole numbers in numeric order; dates only where the formula asks for categories.
+
+    Refuses numbers with stray text, which would make a category of each number.
+    """
+    import datetime
+
     import pandas as pd
 
-    values = pd.Series(pd.unique(column.astype(str)))
-    numbers = pd.to_numeric(values, errors="coerce").notna()
-    if numbers.sum() > len(values) / 2:
-        if numbers.all():
-            return pd.Series(pd.Categorical(column.astype(str), ordered=True), name=column.name)
+    if not dates and isinstance(column.iloc[0], datetime.date | datetime.time):
+        raise InputError(
+            f'column "{column.name}" holds dates: turn them into numbers, as days since the first, '
+            f"or write C({column.name}) for a category each"
+        )
+    text = column.astype(str)
+    values = pd.Series(pd.unique(text))
+    numeric = pd.to_numeric(values, errors="coerce")
+    numbers = numeric.notna()
+    if numbers.all():
+        ordered = [str(value) for _, value in sorted(zip(numeric, values, strict=True))]
+    elif numbers.sum() > len(values) / 2:
         bad = str(values[~numbers].iloc[0])
-        row = int((column.astype(str) == bad).to_numpy().argmax()) + 1
+        row = int((text == bad).to_numpy().argmax()) + 1
         raise InputError(
             f'column "{column.name}" holds numbers, but "{bad}" in row {row}: '
             "mend it, or leave it empty and use --na drop"
         )
-    return pd.Series(pd.Categorical(column.astype(str), ordered=True), name=column.name)
+    else:
+        ordered = sorted(str(value) for value in values)
+    return pd.Series(pd.Categorical(text, categories=ordered, ordered=True), name=column.name)
 
 
 def _response(
@@ -287,8 +306,6 @@ def _group_blocks(
     model: Model, syntax: Syntax, data: "pandas.DataFrame", environment: Environment
 ) -> tuple[GroupBlock, ...]:
     """The group effects; formulae's own matrix would have a dense column for each level, so only its terms are used."""
-    import pandas as pd
-
     blocks: list[GroupBlock] = []
     wanted = {term.name for term in model.group_terms}
     brackets = [n for n in walk(syntax.tree) if getattr(getattr(n, "operator", None), "kind", "") == "PIPE"]
@@ -302,11 +319,7 @@ def _group_blocks(
         for factor, terms in by_factor.items():
             if not all(isinstance(component, Variable) for component in terms[0].factor.components):
                 raise syntax.fail("what groups must be columns, not functions of them", bracket)
-            parts = [data[component.name] for component in terms[0].factor.components]
-            keys = parts[0].astype(str)
-            for part in parts[1:]:
-                keys = keys + ":" + part.astype(str)
-            codes, levels = pd.factorize(keys, sort=True)
+            codes, levels = _levels([data[component.name] for component in terms[0].factor.components])
             if len(levels) < 2:
                 raise syntax.fail(f'all rows are in one group of "{factor}": leave that group effect out', bracket)
             with_intercept = any(isinstance(term.expr, Intercept) for term in terms)
@@ -322,11 +335,33 @@ def _group_blocks(
                 values.append(column)
             blocks.append(
                 GroupBlock(
-                    factor, tuple(names), tuple(str(level) for level in levels), codes.astype(np.int64),
-                    np.concatenate(values, 1),
+                    factor, tuple(names), levels, codes, np.concatenate(values, 1),
                 )
             )  # fmt: skip
     return tuple(blocks)
+
+
+def _levels(parts: Sequence["pandas.Series"]) -> tuple[Int64[np.ndarray, " N"], tuple[str, ...]]:
+    """Codes and names of the groups that columns make up, sorted by the first column, then the second, ...
+
+    Numbers are in numeric order and categories in their own.
+    """
+    import pandas as pd
+
+    codes, names = np.zeros(len(parts[0]), np.int64), [""]
+    for part in parts:
+        if isinstance(part.dtype, pd.CategoricalDtype):
+            inner, labels = part.cat.codes.to_numpy(np.int64), list(part.cat.categories)
+        else:
+            values, inner = np.unique(part.to_numpy(), return_inverse=True)
+            labels = list(values)
+        crossed = codes * len(labels) + inner
+        present, codes = np.unique(crossed, return_inverse=True)
+        names = [
+            f"{names[outer]}:{labels[own]}" if names[outer] else str(labels[own])
+            for outer, own in zip(*np.divmod(present, len(labels)), strict=True)
+        ]
+    return codes.astype(np.int64), tuple(names)
 
 
 def _check_finite(values: np.ndarray, labels: Sequence[str], syntax: Syntax) -> None:

@@ -18,6 +18,7 @@ from hsivi_cli.io.tables import select_complete
 from hsivi_cli.targets.density import Density
 from hsivi_cli.targets.families import Family, check_response, family_named, guess_family
 from hsivi_cli.targets.formula import Design, build_design, default_formula, formula_columns
+from hsivi_cli.targets.formula_syntax import shortened
 from hsivi_cli.targets.group_effects import GroupEffects
 from hsivi_cli.targets.prior_choice import choose_priors, coefficient_names, response_scale
 from hsivi_cli.targets.prior_grammar import PriorStatement, parse_prior
@@ -49,7 +50,7 @@ def regression_density(
     if len(kept) < 2:
         raise InputError(f"{'one row' if len(kept) else 'no row'} of data is no regression: give two or more")
     design = build_design(text, kept)
-    facts = [] if formula else [f"formula {text} (the last column on all others)"]
+    facts = [] if formula else [f"formula {shortened(text)} (the last column on all others)"]
     chosen, reason = _family(design, family)
     if family is None:
         facts.append(f"family {chosen.name} (a guess from {design.response}: {reason}; --family says otherwise)")

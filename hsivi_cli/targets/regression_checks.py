@@ -15,6 +15,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.targets.families import Family
 from hsivi_cli.targets.formula import Design
 from hsivi_cli.targets.prior_choice import ChosenPriors
+from hsivi_cli.targets.triangle import independent, triangle
 
 _DEPENDENT = 1e-9  # distance of a column of length one from the span of the others
 _SEPARATED = 1e-7
@@ -40,7 +41,7 @@ def check_posterior(X: Matrix, design: Design, family: Family, priors: ChosenPri
     flat = np.array([not prior.proper for prior in priors.coefficients], bool)
     names = (("Intercept",) if design.intercept else ()) + design.names
     # columns have the same lengths and dependencies in the small factor R as over a million rows; the response is last
-    R = np.asarray(np.linalg.qr(np.concatenate([X, (design.y - design.offset)[:, None]], 1), mode="r"))
+    R = triangle(np.concatenate([X, (design.y - design.offset)[:, None]], 1))
     columns, response = R[:, : X.shape[1]], R[:, X.shape[1]]
     means = X.mean(0) if design.intercept else None
     facts = _constant_columns(design, priors)
@@ -118,13 +119,15 @@ def _dependency(columns: Matrix, names: Sequence[str]) -> tuple[str, str] | None
     """A column that the others determine, and a line that says so; None without."""
     if columns.shape[1] == 0:
         return None
-    _, triangle, order = linalg.qr(columns, mode="economic", pivoting=True)
-    small = np.abs(np.diag(triangle)) < _DEPENDENT
+    if independent(columns.T @ columns) is not None:
+        return None
+    _, factor, order = linalg.qr(columns, mode="economic", pivoting=True)
+    small = np.abs(np.diag(factor)) < _DEPENDENT
     if not small.any():
         return None
     rank = int(small.argmax())
     name = names[order[rank]]
-    weights = linalg.solve_triangular(triangle[:rank, :rank], triangle[:rank, rank]) if rank else np.zeros(0)
+    weights = linalg.solve_triangular(factor[:rank, :rank], factor[:rank, rank]) if rank else np.zeros(0)
     others = [names[order[i]] for i in np.argsort(-np.abs(weights)) if abs(weights[i]) > 1e-6]
     if not others:
         return name, f'the predictor "{name}" is the same in every row'

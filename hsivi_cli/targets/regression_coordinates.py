@@ -15,6 +15,7 @@ from hsivi_cli.targets.coordinates import Coordinates, positive_rate
 from hsivi_cli.targets.families import Family
 from hsivi_cli.targets.formula import Design
 from hsivi_cli.targets.prior_choice import ChosenPriors, ResponseScale
+from hsivi_cli.targets.triangle import triangle
 
 _SAMPLE = 20_000
 _ITERATIONS = 12
@@ -140,8 +141,9 @@ def _rough_fit(
             weight, work = np.full(len(y), 1 / sigma**2), y - offset
         root = np.sqrt(weight * weight_of_sample)
         stacked = np.concatenate([root[:, None] * X, penalty])
-        Q, R = np.linalg.qr(stacked)
-        update = solve_triangular(R, Q.T @ np.concatenate([root * work, target])) if k else beta
+        factor = triangle(np.concatenate([stacked, np.concatenate([root * work, target])[:, None]], 1))
+        R = factor[:k, :k]
+        update = solve_triangular(R, factor[:k, k]) if k else beta
         change = float(np.abs(R @ (update - beta)).max(initial=0.0))
         beta = update
         eta = np.clip(offset + X @ beta, -_MOST_ETA, _MOST_ETA) if family.link != "identity" else offset + X @ beta

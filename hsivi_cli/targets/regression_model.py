@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hsivi_cli.targets.coordinates import Coordinates, Mapped
 from hsivi_cli.targets.density import Density, Predictive
 from hsivi_cli.targets.families import Aux, Family
-from hsivi_cli.targets.group_effects import Effects, GroupEffects
+from hsivi_cli.targets.group_effects import Effects, Flat, GroupEffects
 from hsivi_cli.targets.priors import PriorStack
 
 Z = Float[Tensor, "n d"]
@@ -72,8 +71,7 @@ class Regression:
             dim=self.dim,
             log_prob=evaluate.log_prob,
             constrain=evaluate.constrain,
-            # correlated group effects leave their derivatives to autograd
-            analytic_gradient=None if self.groups else evaluate.gradient,
+            analytic_gradient=evaluate.gradient,
             predictive=predictive,
             facts=self.facts,
             initial=torch.zeros(self.dim, dtype=torch.float64),
@@ -97,12 +95,19 @@ class _Evaluation:
         if self.sufficient:
             residual = y - model.base
             gram = model.matrix.T @ model.matrix
-            eigenvalues, vectors = torch.linalg.eigh(gram)
-            kept = eigenvalues > 1e-13 * eigenvalues.max() if len(eigenvalues) else eigenvalues > 0
-            inverse = torch.where(kept, 1 / eigenvalues.clamp_min(1e-300), 0.0)
-            self.best = vectors @ (inverse * (vectors.T @ (model.matrix.T @ residual)))
+            along = model.matrix.T @ residual
+            length = gram.diagonal().clamp_min(1e-300).sqrt()
+            factor, failed = torch.linalg.cholesky_ex(gram / length / length[:, None])
+            if bool(failed) or not bool((factor.diagonal() > 1e-3).all()):  # the columns are all but dependent
+                eigenvalues, vectors = torch.linalg.eigh(gram)
+                kept = eigenvalues > 1e-13 * eigenvalues.max() if len(eigenvalues) else eigenvalues > 0
+                inverse = torch.where(kept, 1 / eigenvalues.clamp_min(1e-300), 0.0)
+                self.best = vectors @ (inverse * (vectors.T @ along))
+                self.root = torch.where(kept, eigenvalues, 0.0).sqrt()[:, None] * vectors.T
+            else:
+                self.best = torch.cholesky_solve((along / length)[:, None], factor)[:, 0] / length
+                self.root = factor.T * length
             self.gram = gram
-            self.root = torch.where(kept, eigenvalues, 0.0).sqrt()[:, None] * vectors.T
             self.least = float(((residual - model.matrix @ self.best) ** 2).sum())
 
     def split(self, z: Z) -> tuple[Mapped, Mapped, Aux, Z]:
@@ -122,11 +127,11 @@ class _Evaluation:
         value = value + model.aux_priors.log_density(aux.x) + aux.log_slope.sum(1)
         effects: list[Effects] = []
         if model.groups:
-            effects, prior = model.groups.unpack(rest)
-            value = value + prior
-        return value + self.log_likelihood(h, named, effects)
+            effects = model.groups.unpack(rest)
+            value = value + model.groups.log_prior(effects)
+        return value + self.log_likelihood(h, named, [effect.r for effect in effects])
 
-    def log_likelihood(self, h: Z, aux: Aux, effects: list[Effects]) -> Float[Tensor, " n"]:
+    def log_likelihood(self, h: Z, aux: Aux, effects: list[Flat]) -> Float[Tensor, " n"]:
         """Sum over the rows."""
         model = self.model
         if self.sufficient:
@@ -137,22 +142,24 @@ class _Evaluation:
         if aux:
             value = value + (model.family.auxiliary(self.values, aux) * self.counts).sum(1)
         for rows_ in self.chunks(len(h)):
-            value = value + _light(self._kernel_sum, h, aux, effects, rows_, len(h) * len(model.y))
+            value = value + _light(self._kernel_sum, h, aux, effects, rows_, len(h) * len(model.y))[0]
         return value
 
-    def _kernel_sum(self, h: Z, aux: Aux, effects: list[Effects], rows: slice) -> Float[Tensor, " n"]:
+    def _kernel_sum(self, h: Z, aux: Aux, effects: list[Flat], rows: slice) -> tuple[Tensor, ...]:
         eta = self.eta(h, effects, rows)
-        return self.model.family.kernel(self.model.y[rows], self._trials(rows), eta, aux).sum(1)
+        return (self.model.family.kernel(self.model.y[rows], self._trials(rows), eta, aux).sum(1),)
 
-    def eta(self, h: Z, effects: list[Effects], rows: slice) -> Float[Tensor, "n rows"]:
+    def eta(self, h: Z, effects: list[Flat], rows: slice) -> Float[Tensor, "n rows"]:
         """The linear predictor in these rows."""
-        eta = self.model.base[rows] + h @ self.model.matrix[rows].T
+        eta = torch.addmm(self.model.base[rows], h, self.model.matrix[rows].T)
         return eta + self.model.groups.predictor(effects, rows) if self.model.groups else eta
 
     def gradient(self, z: Z) -> Z:
-        """The derivative of `log_prob` in closed form, for models without group effects; plain differentiable torch."""
+        """The derivative of `log_prob` in closed form; plain differentiable torch."""
         model = self.model
-        coefficients, aux, named, _ = self.split(z)
+        coefficients, aux, named, rest = self.split(z)
+        effects = model.groups.unpack(rest) if model.groups else []
+        by_groups: list[Flat] = []
         h = coefficients.x
         by_h = model.coefficient_priors.score(model.prior_start + h @ model.prior_slope.T) @ model.prior_slope
         by_aux = model.aux_priors.score(aux.x)
@@ -165,16 +172,23 @@ class _Evaluation:
             if named:
                 parts = model.family.auxiliary_score(self.values, named)
                 by_aux = by_aux + torch.stack([(parts[name] * self.counts).sum(1) for name in named], 1)
+            total: list[Tensor] = [by_h, by_aux]
+            r = [effect.r for effect in effects]
             for rows in self.chunks(len(z)):
-                more_h, more_aux = _light(self._score_sum, h, named, [], rows, len(z) * len(model.y))
-                by_h, by_aux = by_h + more_h, by_aux + more_aux
-        return torch.cat([by_h * coefficients.slope + coefficients.bend, by_aux * aux.slope + aux.bend], 1)
+                more = _light(self._score_sum, h, named, r, rows, len(z) * len(model.y))
+                total = [sum_ + part for sum_, part in zip(total, more, strict=False)] + list(more[len(total) :])
+            by_h, by_aux, *by_groups = total
+        parts = [by_h * coefficients.slope + coefficients.bend, by_aux * aux.slope + aux.bend]
+        if model.groups:
+            parts.append(model.groups.score(effects, by_groups))
+        return torch.cat(parts, 1)
 
-    def _score_sum(self, h: Z, aux: Aux, effects: list[Effects], rows: slice) -> tuple[Z, Z]:
+    def _score_sum(self, h: Z, aux: Aux, effects: list[Flat], rows: slice) -> tuple[Tensor, ...]:
         eta = self.eta(h, effects, rows)
         by_eta, by_aux = self.model.family.kernel_score(self.model.y[rows], self._trials(rows), eta, aux)
         stacked = torch.stack([by_aux[name].sum(1) for name in aux], 1) if aux else h.new_zeros(len(h), 0)
-        return by_eta @ self.model.matrix[rows], stacked
+        groups = self.model.groups.collect(by_eta, rows) if self.model.groups else ()
+        return by_eta @ self.model.matrix[rows], stacked, *groups
 
     def constrain(self, z: Z) -> dict[str, Float[Tensor, " n"]]:
         """Every parameter under the user's names and on the original scale, one number each."""
@@ -182,13 +196,13 @@ class _Evaluation:
         theta = self.model.start + coefficients.x @ self.model.slope.T
         values = dict(zip(self.model.names, theta.unbind(1), strict=True)) | aux
         if self.model.groups:
-            values |= self.model.groups.named(self.model.groups.unpack(rest)[0])
+            values |= self.model.groups.named(self.model.groups.unpack(rest))
         return values
 
     def pointwise(self, z: Z) -> Float[Tensor, "n N"]:
         """Log likelihood of each row."""
         coefficients, _, aux, rest = self.split(z)
-        effects = self.model.groups.unpack(rest)[0] if self.model.groups else []
+        effects = [e.r for e in self.model.groups.unpack(rest)] if self.model.groups else []
         eta = self.eta(coefficients.x, effects, slice(None))
         value = self.constant + self.model.family.kernel(self.model.y, self.model.trials, eta, aux)
         return value + self.model.family.auxiliary(self.model.y, aux) if aux else value
@@ -197,7 +211,7 @@ class _Evaluation:
         """One replicated response a row of z."""
         with torch.no_grad():
             coefficients, _, aux, rest = self.split(z)
-            effects = self.model.groups.unpack(rest)[0] if self.model.groups else []
+            effects = [e.r for e in self.model.groups.unpack(rest)] if self.model.groups else []
             eta = self.eta(coefficients.x, effects, slice(None))
             return self.model.family.simulate(self.model.trials, eta, aux, generator)
 
@@ -221,17 +235,47 @@ class _Evaluation:
         rows = len(self.model.y)
         recomputed = torch.is_grad_enabled() and n * rows > _GRAPH  # fewer, larger pieces
         size = max(1, (8 * _CHUNK if recomputed else _CHUNK) // max(n, 1))
+        if self.model.groups:  # each block sums over all levels
+            size = max(size, min(2 * self.model.groups.width, _GRAPH // max(n, 1)))
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def _trials(self, rows: slice) -> Float64[Tensor, " rows"] | None:
         return None if self.model.trials is None else self.model.trials[rows]
 
 
-def _light(function: Callable[..., Any], h: Z, aux: Aux, effects: list[Effects], rows: slice, entries: int) -> Any:
-    """The function's value; where its graph would be large, it is computed again on the way back instead of kept."""
-    wanted = torch.is_grad_enabled() and any(
-        value.requires_grad for value in (h, *aux.values(), *(e.r for e in effects))
-    )
-    if entries <= _GRAPH or not wanted:
+def _light(
+    function: Callable[..., tuple[Tensor, ...]], h: Z, aux: Aux, effects: list[Flat], rows: slice, entries: int
+) -> tuple[Tensor, ...]:
+    """The function's values; where their graph would be large, they are computed again on the way back instead."""
+    tensors = (h, *aux.values(), *effects)
+    if entries <= _GRAPH or not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return function(h, aux, effects, rows)
-    return checkpoint(function, h, aux, effects, rows, use_reentrant=False)
+
+    def unpacked(h: Z, *others: Tensor) -> tuple[Tensor, ...]:
+        return function(h, dict(zip(aux, others[: len(aux)], strict=True)), list(others[len(aux) :]), rows)
+
+    found: tuple[Tensor, ...] = _Recomputed.apply(unpacked, *tensors)
+    return found
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function without its graph; torch.utils.checkpoint does the same, but loads a compiler first, for seconds."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *by_value: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # the derivative is itself to be differentiated
+        with torch.enable_grad():
+            # a view: a path of its own, apart from what by_value owes to the same tensors
+            inputs = [t.view_as(t) if again and t.requires_grad else t.detach() for t in ctx.saved_tensors]
+            inputs = [t if t.requires_grad else t.requires_grad_(True) for t in inputs]
+            values = ctx.function(*inputs)
+            pairs = [(v, g) for v, g in zip(values, by_value, strict=True) if v.requires_grad]
+            outputs, weights = [v for v, _ in pairs], [g for _, g in pairs]
+            return None, *torch.autograd.grad(outputs, inputs, weights, create_graph=again, allow_unused=True)

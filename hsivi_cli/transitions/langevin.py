@@ -5,7 +5,8 @@ Geffner & Domke 2023 (arXiv 2208.07743): whatever the backward kernels B_k are, 
 The forward walk does not look at the score network, so the network sees the states of all K transitions in one batch.
 
 Shapes: K transitions, n draws, d dimensions; the noise is (K, n, d), a number of each transition (K, 1, 1). `score`
-maps (K, n, d) states, transition k in row k, to (K, n, d); leaving it out means zero.
+maps (K, n, d) states, transition k in row k, to (K, n, d); leaving it out means zero. Walks start at the reference's
+draw from the standard normal noise `start`.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,17 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from hsivi_cli.bridges.geometric import GeometricBridge, Rows
-from hsivi_cli.transitions.recursion import Recursion, run_recursion
+from hsivi_cli.transitions.recursion import Control, Moves, Number, Path, States, run_recursion
 
-Number = Float[Tensor, "k 1 1"]
-States = Float[Tensor, "k n d"]
 PositionScore = Callable[[States], States]
 PhaseScore = Callable[[States, States], States]
 
 
 @dataclass(frozen=True)
 class Walk:
-    """The last state, the target's gradient there, and `sum_k log B_k - log F_k`, shape (n,).
+    """The last state, the target's gradient there (without a graph), and `sum_k log B_k - log F_k`, shape (n,).
 
     `momentum` is the last one, None if overdamped.
     """
@@ -72,25 +70,31 @@ def mixed_refresh(a: Number) -> Refresh:
 
 
 def overdamped_walk(
-    z: Rows, bridge: GeometricBridge, step: Number, noise: States, score: PositionScore | None = None
+    start: Rows, bridge: GeometricBridge, step: Number, noise: States, score: PositionScore | None = None
 ) -> Walk:
     """Unadjusted Langevin steps `z' = z + e g_k(z) + sqrt(2 e) xi`: ULA, and MCD with a score.
 
     The backward kernel is `N(z' + e g_k(z') + e S_k(z'), 2 e)` (S as in the released code; the paper's is S / 2). With
     `xi' = xi + sqrt(e / 2) (g_k(z) + g_k(z') + S_k(z'))` the log ratio of the two kernels is `(|xi|^2 - |xi'|^2) / 2`.
     """
-    root = (step / 2).sqrt()  # z' = z + 2 root h with h = xi + root g_k(z)
-    pull, push = pull_and_push(bridge, root)
-    kick = torch.addcmul(noise, pull, bridge.reference.mean)
-    path = run_recursion(z, torch.zeros_like(z), Recursion(kick, torch.zeros_like(root), pull, push, 2 * root), bridge)
-    backward = torch.addcmul(path.h, root, bridge_gradients(bridge, path.z[1:], path.gradient[1:]))
+    root, path = overdamped_path(start, bridge, step, noise)
+    backward = path.next_rho
     if score is not None:
-        backward = torch.addcmul(backward, root, score(path.z[1:]))
-    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, backward))
+        backward = torch.addcmul(backward, root, score(path.next_z))
+    return Walk(path.last_z, path.last_gradient, log_ratio(noise, backward))
+
+
+def overdamped_path(
+    start: Rows, bridge: GeometricBridge, step: Number, noise: States, control: Control | None = None
+) -> tuple[Number, Path]:
+    """`sqrt(e / 2)`, and the walk whose `next_rho` is `xi + sqrt(e / 2) (g_k(z) + u_k(z) + g_k(z'))`."""
+    root, one = (step / 2).sqrt(), torch.ones_like(step[:1])
+    moves = Moves(keep=torch.zeros_like(one), spread=one, before=root, stride=2 * root, after=root)
+    return root, run_recursion(start, torch.zeros_like(start), bridge, moves, noise, control)
 
 
 def underdamped_walk(
-    z: Rows,
+    start: Rows,
     rho: Rows,
     bridge: GeometricBridge,
     step: Number,
@@ -103,29 +107,20 @@ def underdamped_walk(
     Leapfrog preserves volume and can be undone, so only the refresh counts: the log ratio of a transition is
     `log mB(rho | rho', z) - log mF(rho' | rho)`. The score sees the position before leapfrog and the fresh momentum.
     """
-    half, keep = step / 2, refresh.keep
-    spread = refresh.variance.sqrt() * noise
-    # h is the momentum between leapfrog's kicks: the second kick and the next refresh belong to the next step
-    sizes = torch.cat([half, half * bridge.betas], 2)
-    sizes = torch.addcmul(sizes, keep, functional.pad(sizes[:-1], (0, 0, 0, 0, 1, 0)))
-    push = sizes[..., 1:]
-    pull = (sizes[..., :1] - push) * bridge.reference.precision
-    kick = torch.addcmul(spread, pull, bridge.reference.mean)
-    path = run_recursion(z, rho, Recursion(kick, keep, pull, push, step), bridge)
-    after = torch.addcmul(path.h, half, bridge_gradients(bridge, path.z[1:], path.gradient[1:]))
-    before = torch.cat([rho[None], after[:-1]])
-    fresh = torch.addcmul(spread, before, refresh.keep)
-    residual = torch.addcmul(before, fresh, refresh.backward_keep, value=-1)
+    half = step / 2
+    moves = Moves(keep=refresh.keep, spread=refresh.variance.sqrt(), before=half, stride=step, after=half)
+    path = run_recursion(start, rho, bridge, moves, noise)
+    residual = torch.addcmul(path.rho, path.fresh, refresh.backward_keep, value=-1)
     if score is not None:
-        residual = torch.addcmul(residual, score(path.z[:-1], fresh), refresh.backward_push, value=-1)
+        residual = torch.addcmul(residual, score(path.z, path.fresh), refresh.backward_push, value=-1)
     ratio = log_ratio(noise, residual * refresh.backward_variance.rsqrt())
     if refresh.log_volume is not None:
-        ratio = ratio + noise.shape[2] * refresh.log_volume.sum()
-    return Walk(path.z[-1], path.gradient[-1], ratio, after[-1])
+        ratio = ratio + noise.shape[2] * refresh.log_volume.expand(len(noise), 1, 1).sum()
+    return Walk(path.last_z, path.last_gradient, ratio, path.last_rho)
 
 
 def euler_walk(
-    z: Rows,
+    start: Rows,
     rho: Rows,
     bridge: GeometricBridge,
     step: Number,
@@ -139,14 +134,12 @@ def euler_walk(
     `rho ~ N((1 - a) rho' - d g_k(z) + 2 a s_k(z, rho'), 2 a)`. The residual of the latter over its spread is
     `sqrt(a / 2) (rho + rho' - 2 s) - xi`, g_k having dropped out.
     """
-    keep = 1 - a
-    pull, push = pull_and_push(bridge, step)
-    kick = torch.addcmul((2 * a).sqrt() * noise, pull, bridge.reference.mean)
-    path = run_recursion(z, rho, Recursion(kick, keep, pull, push, step), bridge)
-    total = torch.cat([rho[None], path.h[:-1]]) + path.h
+    moves = Moves(keep=1 - a, spread=(2 * a).sqrt(), before=step, stride=step, after=torch.zeros_like(step))
+    path = run_recursion(start, rho, bridge, moves, noise)
+    total = path.rho + path.next_rho
     if score is not None:
-        total = torch.add(total, score(path.z[:-1], path.h), alpha=-2)
-    return Walk(path.z[-1], path.gradient[-1], log_ratio(noise, (a / 2).sqrt() * total - noise), path.h[-1])
+        total = torch.add(total, score(path.z, path.next_rho), alpha=-2)
+    return Walk(path.last_z, path.last_gradient, log_ratio(noise, (a / 2).sqrt() * total - noise), path.last_rho)
 
 
 def undo_leapfrog(z: Rows, rho: Rows, bridge: GeometricBridge, k: int, step: Float[Tensor, ""]) -> tuple[Rows, Rows]:
@@ -159,17 +152,6 @@ def undo_leapfrog(z: Rows, rho: Rows, bridge: GeometricBridge, k: int, step: Flo
 def log_momentum_ratio(first: Rows, last: Rows) -> Float[Tensor, " n"]:
     """`log N(last; 0, I) - log N(first; 0, I)`, which a walk with momenta adds to its weight."""
     return 0.5 * (first.square().sum(1) - last.square().sum(1))
-
-
-def pull_and_push(bridge: GeometricBridge, size: Number) -> tuple[Float[Tensor, "k 1 d"], Number]:
-    """`size g_k(z) = pull (mean - z) + push G(z)`."""
-    push = size * bridge.betas
-    return (size - push) * bridge.reference.precision, push
-
-
-def bridge_gradients(bridge: GeometricBridge, z: States, gradient: States) -> States:
-    """`g_k` at the states of a path, given the target's gradient there."""
-    return torch.lerp((bridge.reference.mean - z) * bridge.reference.precision, gradient, bridge.betas)
 
 
 def log_ratio(forward_noise: States, backward_noise: States) -> Float[Tensor, " n"]:

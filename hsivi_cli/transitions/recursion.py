@@ -1,164 +1,266 @@
 """The one sequential loop of the Langevin methods, and its adjoint written by hand.
 
-Every walk here is, with G the gradient of the log target and u_k a learned control (CMCD has one, the others do not),
+With `g_k` the gradient of bridge k, u_k a learned control (CMCD has one, the others do not), and xi_k the noise,
+transition k = 0 .. K-1 takes the position z_k and the momentum rho_k to
 
-    h_k = kick_k + keep_k h_{k-1} - pull_k z_k + push_k G(z_k) + drive_k u_k(z_k),
-    z_{k+1} = z_k + stride_k h_k,    k = 0 .. K-1.
+    fresh_k = keep_k rho_k + spread_k xi_k,
+    h_k     = fresh_k + before_k (g_k(z_k) + u_k(z_k)),
+    z_{k+1} = z_k + stride_k h_k,
+    rho_{k+1} = h_k + after_k g_k(z_{k+1}).
 
-The coefficients hold the bridge, the step and the damping; transitions.langevin fills them in for all k at once.
-Differentiating the loop through autograd costs several times its arithmetic. The adjoint is as short as the loop, with
-one product with the target's Hessian a state, and what belongs to parameters is done for all k at once. Only first
-derivatives are available.
+`before = after = stride / 2` is a momentum refresh and a leapfrog step, `after = 0` Euler-Maruyama, and `keep = 0` with
+`before = after = stride / 2 = sqrt(e / 2)` an unadjusted Langevin step of size e whose `rho_{k+1}` is, without a score,
+the noise that would bring it back.
+
+The states are a few hundred numbers, so that time goes into the calls and not into the arithmetic. Autograd makes a
+dozen calls of each of these; numpy's are a third as dear as torch's. Hence numpy here, and an adjoint as short as the
+loop: one product with the target's Hessian a state, and what belongs to parameters for all k at once. The loop itself
+runs on h alone, with the second kick and the next refresh folded into the next h. Only first derivatives, only the CPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.bridges.geometric import GeometricBridge, Linearised, Rows
+from hsivi_cli.bridges.geometric import Array, GeometricBridge, Linearised, Rows
+
+Number = Float[Tensor, "#k 1 1"]
+States = Float[Tensor, "k n d"]
 
 
 class Control(Protocol):
     """A function of k and z with parameters of its own (networks.residual_score)."""
 
-    def __call__(self, z: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
-        """`u_k(z_k)` for every row k of `z`, differentiable."""
+    def __call__(self, z: States, first: int = 0) -> States:
+        """`u_{first + k}(z_k)` for every row k of `z`, differentiable."""
 
-    def linearise(self, k: int, z: Rows) -> Linearised:
-        """`u_k(z)` without a graph, and the product of a row vector with its Jacobian."""
+    def linearise(self, k: int, z: Array) -> Linearised:
+        """`u_k(z)`, and the product of rows with its Jacobian."""
 
     def parameters(self) -> Any:
         """Every tensor that wants a gradient."""
 
 
 @dataclass(frozen=True)
-class Recursion:
-    """The coefficients, row k for step k; without a first velocity `h_{-1}`, `keep[0]` is not used."""
+class Moves:
+    """The numbers of the transitions, of shape (K, 1, 1), or (1, 1, 1) where all have the same."""
 
-    kick: Float[Tensor, "k n d"]
-    keep: Float[Tensor, "k 1 1"]
-    pull: Float[Tensor, "k 1 d"]
-    push: Float[Tensor, "k 1 1"]
-    stride: Float[Tensor, "k 1 1"]
-    drive: Float[Tensor, "k 1 1"] | None = None
+    keep: Number
+    spread: Number
+    before: Number
+    stride: Number
+    after: Number
 
 
 @dataclass(frozen=True)
 class Path:
-    """Positions `z_0 .. z_K`, velocities `h_0 .. h_{K-1}`, and G at every position."""
+    """The states of a walk: row k of `z`, `rho` and `fresh` is what transition k starts with, of `next_*` its end."""
 
-    z: Float[Tensor, "k+1 n d"]
-    h: Float[Tensor, "k n d"]
-    gradient: Float[Tensor, "k+1 n d"]
+    z: States
+    next_z: States
+    rho: States
+    next_rho: States
+    fresh: States
+    last_z: Rows
+    last_rho: Rows
+    last_gradient: Rows
 
 
 def run_recursion(
-    z: Rows, h: Rows, recursion: Recursion, bridge: GeometricBridge, control: Control | None = None
+    start: Rows, rho: Rows, bridge: GeometricBridge, moves: Moves, noise: States, control: Control | None = None
 ) -> Path:
-    """Run from `z` and `h_{-1} = h` on the bridge's target.
+    """Walk from `z_0`, the reference's draw from the noise `start`, and `rho_0 = rho`, all in float64.
 
-    Differentiable once in z, h, every coefficient and the control's parameters.
+    Differentiable once in everything that is a tensor, and in the control's parameters. `last_gradient`, the target's
+    at `last_z`, has no graph.
     """
-    coefficients = (recursion.kick, recursion.keep, recursion.pull, recursion.push, recursion.stride)
-    if control is not None:
-        assert recursion.drive is not None, "a control needs `drive`"
-        coefficients += (recursion.drive, *control.parameters())
-    if torch.is_grad_enabled():
-        return Path(*_Recursion.apply(bridge.linearise, control, h, z, *coefficients))
-    done = _run(lambda at: (bridge.target_gradient(at), None), control, h, z, *coefficients[:6])
-    return Path(*(torch.stack(rows) for rows in done[:3]))
+    reference, parameters = bridge.reference, tuple(control.parameters()) if control is not None else ()
+    tensors = (start, rho, noise, moves.keep, moves.spread, moves.before, moves.stride, moves.after)
+    tensors += (bridge.betas, reference.mean, reference.log_scale)
+    return Path(*_Recursion.apply(bridge.linearise, control, *tensors, *parameters))
 
 
-def _run(
-    linearise: Callable[[Rows], Any], control: Control | None, h: Rows, z: Rows, kick: Tensor, *coefficients: Tensor
-) -> tuple[list[Any], ...]:
-    """Positions, velocities, gradients, Hessian products, controls, and products with the controls' Jacobians."""
-    keep, pull, push, stride, *drive = coefficients
-    numbers = _numbers(keep, push, stride, *drive)
-    attractions = pull.expand_as(kick).contiguous().unbind()  # a broadcast in the loop would cost more
-    gradient, product = linearise(z)
-    positions, velocities, gradients, products, controls, turns = [z], [], [gradient], [product], [], []
-    for k, (impulse, attraction, (c, t, d, *w)) in enumerate(zip(kick.unbind(), attractions, numbers, strict=True)):
-        start = torch.add(impulse, h, alpha=c) if c else impulse
-        h = torch.addcmul(start, z, attraction, value=-1).add_(gradient, alpha=t)
+class _Inputs:
+    """The tensors of `run_recursion` as arrays, and what the loop and its adjoint both derive from them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.start, self.rho, self.noise, *numbers, self.mean, log_scale = (t.detach().numpy() for t in tensors)
+        self.shapes = [number.shape for number in numbers]
+        self.keep, self.spread, self.before, self.stride, self.after, self.betas = numbers
+        self.scale, self.precision = np.exp(log_scale), np.exp(-2 * log_scale)
+        self.shares = 1 - self.betas
+        # the factors of the target's (push) and the reference's (pull) gradient in h_k, the kick that ended transition
+        # k - 1 included
+        count = (len(self.noise), 1, 1)
+        self.push, pull = np.empty(count), np.empty(count)
+        for factor, part in ((self.push, self.betas), (pull, self.shares)):
+            np.multiply(self.before, part, out=factor)
+            factor[1:] += np.broadcast_to(self.keep, count)[1:] * (self.after * part)[:-1]
+        self.attraction = pull * self.precision
+
+    def lists(self) -> tuple[list[float], ...]:
+        """keep, push, stride and before as Python numbers, one a transition."""
+        shape = self.push.shape
+        numbers = (self.keep, self.push, self.stride, self.before)
+        return tuple(np.broadcast_to(number, shape).ravel().tolist() for number in numbers)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All states (K + 1 rows of z, rho and gradient), and what the adjoint needs besides."""
+
+    z: Array
+    h: Array
+    rho: Array
+    gradient: Array
+    controls: list[Array]
+    products: list[Callable[[Array], Array]]
+    turns: list[Callable[[Array], Array]]
+
+
+def _run(linearise: Callable[[Array], Linearised], control: Control | None, at: _Inputs) -> _Run:
+    count, n, d = at.noise.shape
+    z, velocities, gradients = np.empty((count + 1, n, d)), np.empty((count, n, d)), np.empty((count + 1, n, d))
+    impulses = at.attraction * at.mean + at.spread * at.noise
+    np.multiply(at.scale, at.start, out=z[0])
+    z[0] += at.mean
+    here, h = z[0], at.rho
+    gradient, product = linearise(here)
+    gradients[0] = gradient
+    products, controls, turns = [product], [], []
+    rows = zip(impulses, at.attraction, velocities, z[1:], gradients[1:], *at.lists(), strict=True)
+    for k, (impulse, attraction, velocity, there, target, c, t, s, p) in enumerate(rows):
+        np.multiply(h, c, out=velocity)
+        velocity += impulse
+        velocity -= attraction * here
+        velocity += t * gradient
         if control is not None:
-            push_away, turn = control.linearise(k, z)
-            h.add_(push_away, alpha=w[0])
-            controls.append(push_away)
+            value, turn = control.linearise(k, here)
+            velocity += p * value
+            controls.append(value)
             turns.append(turn)
-        z = torch.add(z, h, alpha=d)
-        gradient, product = linearise(z)
-        positions.append(z)
-        velocities.append(h)
-        gradients.append(gradient)
+        np.multiply(velocity, s, out=there)
+        there += here
+        here, h = there, velocity
+        gradient, product = linearise(here)
+        target[:] = gradient
         products.append(product)
-    return positions, velocities, gradients, products, controls, turns
+    reference = (at.mean - z[1:]) * at.precision
+    rho = np.empty_like(z)
+    rho[0] = at.rho
+    rho[1:] = velocities + at.after * (at.shares * reference + at.betas * gradients[1:])
+    return _Run(z, velocities, rho, gradients, controls, products, turns)
 
 
 class _Recursion(torch.autograd.Function):
     """`_run`; a bar over a name, as in `bar_z`, is the derivative of the objective with respect to it."""
 
     @staticmethod
-    def forward(ctx: Any, linearise: Any, control: Any, h: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = 6 if control is None else 7
-        *done, ctx.products, controls, ctx.turns = _run(linearise, control, h, *tensors[:count])
-        path = tuple(torch.stack(rows) for rows in done)
-        ctx.control, ctx.start = control, h
-        ctx.save_for_backward(*tensors[2:count], *([torch.stack(controls)] if controls else []), *path)
+    def forward(ctx: Any, linearise: Any, control: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        at = _Inputs(*tensors[:11])
+        run = _run(linearise, control, at)
+        ctx.at, ctx.run, ctx.control = at, run, control
+        fresh = at.keep * run.rho[:-1] + at.spread * at.noise
+        arrays = (run.z[:-1], run.z[1:], run.rho[:-1], run.rho[1:], fresh, run.z[-1], run.rho[-1], run.gradient[-1])
+        path = tuple(torch.from_numpy(array) for array in arrays)
+        ctx.mark_non_differentiable(path[-1])
         return path
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_z: Tensor, of_h: Tensor, of_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *coefficients, z, h, gradient = ctx.saved_tensors
-        bar_z, bar_kick, bar_next = _adjoint(ctx.products, ctx.turns, of_z, of_h, of_gradient, *coefficients[:5])
-        bar_keep = _dot(bar_kick, torch.cat([ctx.start[None], h[:-1]]))
-        bar_pull = (bar_kick * z[:-1]).sum(1, keepdim=True).neg_()
-        bars = [bar_z, bar_kick, bar_keep, bar_pull, _dot(bar_kick, gradient[:-1]), _dot(bar_next, h)]
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        at: _Inputs = ctx.at
+        run: _Run = ctx.run
+        outer_z, outer_rho, bar_fresh = _outer(at, [None if bar is None else bar.numpy() for bar in bars])
+        # outside the loop, rho_{k+1} = h_k + after_k g_k(z_{k+1}) with that gradient taken apart
+        kicked = at.after * outer_rho[1:]
+        outer_gradient = np.zeros_like(outer_z)
+        np.multiply(kicked, at.betas, out=outer_gradient[1:])
+        outer_z[1:] -= kicked * at.shares * at.precision
+        bar_z, bar_next, bar_h = _adjoint(at, run, outer_z, outer_rho, outer_gradient)
+        bar_rho = outer_rho[1:]
+        bar_rho[:-1] += (np.broadcast_to(at.keep, at.push.shape)[1:]) * bar_h[1:]
+
+        offset = at.mean - run.z
+        reference = offset * at.precision
+        contrast = run.gradient - reference
+        h_contrast, rho_contrast = _dot(bar_h, contrast[:-1]), _dot(bar_rho, contrast[1:])
+        bar_before = _dot(bar_h, reference[:-1]) + at.betas * h_contrast
+        bar_after = _dot(bar_rho, reference[1:]) + at.betas * rho_contrast
+        rest: tuple[Tensor, ...] = ()
         if ctx.control is not None:
-            drive, controls = coefficients[4:]
-            bars += [_dot(bar_kick, controls), *_control_gradients(ctx.control, z[:-1], bar_kick * drive)]
-        return None, None, coefficients[0][0] * bar_kick[0], *bars
+            bar_before += _dot(bar_h, np.stack(run.controls))
+            rest = _control_gradients(ctx.control, run.z[:-1], bar_h * at.before)
+        pulled = np.zeros_like(offset)  # the factor of the reference's gradient at each state
+        np.multiply(at.before * at.shares, bar_h, out=pulled[:-1])
+        pulled[1:] += at.after * at.shares * bar_rho
+        bar_mean = bar_z.sum(0) + at.precision * pulled.sum((0, 1))
+        bar_log_scale = (bar_z * at.start).sum(0) * at.scale - 2 * at.precision * (pulled * offset).sum((0, 1))
+        bar_fresh = bar_h if bar_fresh is None else bar_h + bar_fresh
+        bar_keep, bar_spread = _dot(bar_fresh, run.rho[:-1]), _dot(bar_fresh, at.noise)
+        bar_betas = at.before * h_contrast + at.after * rho_contrast
+        found = (bar_keep, bar_spread, bar_before, _dot(bar_next, run.h), bar_after, bar_betas)
+        sized = [bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes)]
+        keep = np.broadcast_to(at.keep, at.push.shape)
+        bar_inputs = (bar_z * at.scale, outer_rho[0] + keep[0] * bar_h[0], at.spread * bar_fresh)
+        bar_tensors = (*bar_inputs, *sized, bar_mean, bar_log_scale)
+        return None, None, *(torch.from_numpy(bar) for bar in bar_tensors), *rest
+
+
+def _outer(at: _Inputs, bars: list[Array | None]) -> tuple[Array, Array, Array | None]:
+    """Derivatives with respect to all positions and momenta from outside the loop, `fresh` counted as momentum."""
+    bar_z, bar_next_z, bar_rho, bar_next_rho, bar_fresh, bar_last_z, bar_last_rho, _ = bars
+    count, n, d = at.noise.shape
+    outer_z, outer_rho = np.zeros((count + 1, n, d)), np.zeros((count + 1, n, d))
+    for outer, here, there, last in (
+        (outer_z, bar_z, bar_next_z, bar_last_z),
+        (outer_rho, bar_rho, bar_next_rho, bar_last_rho),
+    ):
+        if here is not None:
+            outer[:-1] += here
+        if there is not None:
+            outer[1:] += there
+        if last is not None:
+            outer[-1] += last
+    if bar_fresh is not None:
+        outer_rho[:-1] += at.keep * bar_fresh
+    return outer_z, outer_rho, bar_fresh
 
 
 def _adjoint(
-    products: Sequence[Any], turns: Sequence[Any], of_z: Tensor, of_h: Tensor, of_gradient: Tensor, *tensors: Tensor
-) -> tuple[Rows, Float[Tensor, "k n d"], Float[Tensor, "k n d"]]:
-    """Derivatives with respect to `z_0`, to every `h_k`, and to every `z_{k+1}`, from those outside the loop."""
-    keep, pull, push, stride, *drive = tensors
-    numbers, attractions = _numbers(keep, push, stride, *drive), pull.expand_as(of_h).contiguous().unbind()
-    outer_z, outer_h, outer_gradient = of_z.unbind(), of_h.unbind(), of_gradient.unbind()
-    bar_z = outer_z[-1] + products[-1](outer_gradient[-1])
-    bar_h, later = torch.zeros_like(bar_z), 0.0
-    bars_z, bars_h = [], []
-    for k in reversed(range(len(numbers))):
-        c, t, d, *w = numbers[k]
-        bars_z.append(bar_z)
-        velocity = torch.add(outer_h[k], bar_z, alpha=d)
-        bar_h = velocity.add_(bar_h, alpha=later) if later else velocity
-        bars_h.append(bar_h)
-        bar_z = torch.addcmul(bar_z, bar_h, attractions[k], value=-1).add_(outer_z[k])
-        bar_z += products[k](torch.add(outer_gradient[k], bar_h, alpha=t))
-        if turns:
-            bar_z += turns[k](w[0] * bar_h)
-        later = c
-    return bar_z, torch.stack(bars_h[::-1]), torch.stack(bars_z[::-1])
+    at: _Inputs, run: _Run, outer_z: Array, outer_rho: Array, outer_gradient: Array
+) -> tuple[Array, Array, Array]:
+    """Derivatives with respect to `z_0`, to every `z_{k+1}`, and to every `h_k`."""
+    bars_z, bars_h = np.empty_like(run.h), np.empty_like(run.h)
+    bar_z = outer_z[-1] + run.products[-1](outer_gradient[-1])
+    bar_h, later = np.zeros_like(bar_z), 0.0
+    lists = at.lists()
+    for k in reversed(range(len(run.h))):
+        c, t, s, p = (values[k] for values in lists)
+        bars_z[k] = bar_z
+        bar = bars_h[k]
+        np.multiply(bar_z, s, out=bar)
+        bar += outer_rho[k + 1]
+        bar += later * bar_h
+        bar_z = bar_z - at.attraction[k] * bar
+        bar_z += outer_z[k]
+        bar_z += run.products[k](t * bar + outer_gradient[k])
+        if run.turns:
+            bar_z += run.turns[k](p * bar)
+        bar_h, later = bar, c
+    return bar_z, bars_z, bars_h
 
 
-def _control_gradients(control: Control, z: Float[Tensor, "k n d"], bar: Float[Tensor, "k n d"]) -> tuple[Tensor, ...]:
+def _control_gradients(control: Control, z: Array, bar: Array) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        values = control(z.detach())
-        return torch.autograd.grad(values, tuple(control.parameters()), bar)
+        return torch.autograd.grad(control(torch.from_numpy(z)), tuple(control.parameters()), torch.from_numpy(bar))
 
 
-def _numbers(*coefficients: Float[Tensor, "k 1 1"]) -> list[tuple[float, ...]]:
-    """Coefficients by step, as Python numbers: kernels take those without a tensor of their own."""
-    return list(zip(*(values.flatten().tolist() for values in coefficients), strict=True))
-
-
-def _dot(a: Float[Tensor, "k n d"], b: Float[Tensor, "k n d"]) -> Float[Tensor, "k 1 1"]:
-    return (a * b).sum((1, 2), keepdim=True)
+def _dot(a: Array, b: Array) -> Array:
+    return (a * b).sum((1, 2), keepdims=True)

@@ -42,6 +42,11 @@ def test_divergence_is_zero_symmetric_and_at_most_log_two():
     assert abs(jensen_shannon(a, b) - expected) < 1e-15
 
 
+def test_masses_that_vanish_in_floating_point_count_nothing():
+    p, q = torch.tensor([1.0, 5e-324], dtype=F64), torch.tensor([1.0, 0.0], dtype=F64)
+    assert abs(jensen_shannon(p, q)) < 1e-300
+
+
 def test_exact_draws_score_the_floor_and_shifted_ones_far_more():
     n = 100_000
     draws = torch.randn(n, 2, dtype=F64, generator=torch.Generator().manual_seed(0))

@@ -136,6 +136,7 @@ def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
     parameters = (layer.net[0].weight, layer.net[0].bias, layer.log_sigma)
     value, A, c = closed_form(*parameters)
     expected = torch.autograd.grad(value, parameters)
+    value = float(value.detach())
     with torch.no_grad():
         state.critics[0][0].weight.copy_(A)
         state.critics[0][0].bias.copy_(-c)
@@ -143,7 +144,7 @@ def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
     rollout = hsivi_posterior.roll_out(state.chain, range(1), 200_000, draws)
     object.__setattr__(state.config, "clip", math.inf)
     found = hsivi_sm_posterior.chain_step(state, rollout, range(1), draws)
-    assert abs(found["chain_loss"] - float(value)) < 0.05 * float(value)
+    assert abs(found["chain_loss"] - value) < 0.05 * value
     for parameter, gradient in zip(parameters, expected, strict=True):
         assert float((parameter.grad - gradient).abs().max()) < 0.05 * float(gradient.abs().max())
 
@@ -182,6 +183,29 @@ def test_bridges_go_from_the_base_to_the_target(method):
             point = x[k].detach().requires_grad_(True)
             log_p = (1 - power) * hsivi_posterior.log_base(point) + power * CONJUGATE.log_prob(point)
             torch.testing.assert_close(bridge[k], torch.autograd.grad(log_p.sum(), point)[0])
+
+
+@both
+def test_density_of_one_component_is_the_draws_own(method):
+    # J = 1 leaves q(x_0 | x_1) of the draw's own x_1, whose mean is the negative entropy of the layer's noise
+    state = make(method, components=1, sigma=0.3)
+    log_approx = method.sample(state, NoiseStreams(2, range(4000))).log_approx
+    expected = -2 * (math.log(0.3) + 0.5 + 0.5 * math.log(2 * math.pi))
+    assert abs(float(log_approx.mean()) - expected) < 4 * float(log_approx.std()) / math.sqrt(4000)
+
+
+def test_finished_layers_enter_as_their_averages():
+    state = make(hsivi_lb, layers=3, training="layerwise")
+    before = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+    with torch.no_grad():
+        state.chain.layer(2).log_sigma.add_(1.0)  # as if it had moved on from its average
+    after = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+    assert torch.equal(before, after)
+    with torch.no_grad():
+        state.chain.average(2).log_sigma.add_(1.0)
+    assert not torch.equal(
+        before, hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+    )
 
 
 def test_powers_rise_from_the_untrained_chain_to_the_bridges():

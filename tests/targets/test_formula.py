@@ -1,5 +1,8 @@
 """Design matrices against numpy, and data that a formula cannot use."""
 
+import datetime
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,6 +112,75 @@ def test_bad_data_in_one_line(text, words, capsys):
         build_design(text, frame)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""  # formulae would print
+
+
+def test_whole_numbers_are_in_numeric_order():
+    frame = FRAME.assign(plate=np.arange(N) % 12 + 1, old=np.arange(N) % 2 + 9)
+    order = [str(i) for i in range(1, 13)]
+    for plate in (frame["plate"], frame["plate"] * 1.0, frame["plate"].astype(str)):
+        (block,) = build_design("y ~ (1 | plate)", frame.assign(plate=plate)).groups
+        assert list(block.levels) == order
+        np.testing.assert_array_equal(np.array(block.levels)[block.index], frame["plate"].astype(str))
+        names = build_design("y ~ C(plate)", frame.assign(plate=plate)).names
+        assert list(names) == [f"C(plate)[{level}]" for level in order[1:]]
+    (crossed,) = build_design("y ~ (1 | old:plate)", frame).groups
+    pairs = sorted(set(zip(frame["old"], frame["plate"], strict=True)))
+    assert list(crossed.levels) == [f"{a}:{b}" for a, b in pairs]
+    (block,) = build_design("y ~ (1 | half)", frame.assign(half=frame["plate"] / 2)).groups
+    assert block.levels[:3] == ("0.5", "1.0", "1.5")
+    given = pd.Categorical(
+        FRAME["g"], categories=["c", "a", "unused", "b"]
+    )  # the user's own order, as read from parquet
+    (block,) = build_design("y ~ (1 | g)", FRAME.assign(g=given)).groups
+    assert block.levels == ("c", "a", "b")
+    np.testing.assert_array_equal(np.array(block.levels)[block.index], FRAME["g"])
+
+
+def test_dates_are_categories_only_where_asked():
+    frame = FRAME.assign(day=[datetime.date(2020, 1, 1 + i % 3) for i in range(N)])
+    with pytest.raises(InputError, match=r"holds dates.*C\(day\)"):
+        build_design("y ~ day", frame)
+    assert build_design("y ~ C(day)", frame).names == ("C(day)[2020-01-02]", "C(day)[2020-01-03]")
+    assert build_design("y ~ (1 | day)", frame).groups[0].levels == ("2020-01-01", "2020-01-02", "2020-01-03")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y ~ x + w + g + x + x:g",
+        "y ~ 0 + w + g + x",
+        "y ~ w - 1 + x + g + yes",
+        "y ~ x + w + g - x - 1",
+        "y ~ (x + w) + (w + k) + g*yes + offset(w) + k",
+        "y ~ x + (x + w) ** 2 + log(w) + k + log(w)",
+    ],
+)
+def test_long_sums_are_formulaes(text):
+    """Our own addition of terms against the library's, one term after another."""
+    import formulae
+
+    found = build_design(text, FRAME)
+    theirs = formulae.design_matrices(
+        text.replace("log", "np.log"), FRAME, env=formulae.environment.Environment([{"np": np}])
+    )
+    columns = theirs.common.as_dataframe().drop(columns=["Intercept", "offset(w)"], errors="ignore")
+    assert found.intercept == ("Intercept" in theirs.common.terms)
+    assert [name.replace("log", "np.log") for name in found.names] == list(columns.columns)
+    np.testing.assert_array_equal(found.X, columns.to_numpy(float))
+
+
+def test_a_thousand_columns_are_read_in_linear_time():
+    frame = pd.DataFrame(RNG.normal(size=(50, 1001)), columns=[f"c{i}" for i in range(1001)]).assign(g=["a", "b"] * 25)
+    start = time.process_time()
+    design = build_design("c1000 ~ g + " + " + ".join(f"c{i}" for i in range(1000)), frame)
+    assert time.process_time() - start < 3  # 0.4 s; comparing each pair of terms takes as many seconds more
+    assert design.names == ("g[b]", *(f"c{i}" for i in range(1000)))
+    np.testing.assert_array_equal(design.X[:, 1:], frame.iloc[:, :1000])
+    with pytest.raises(InputError, match=">>c9999<<") as caught:
+        build_design("c1000 ~ " + " + ".join(f"c{i}" for i in [*range(1000), 9999]), frame)
+    assert len(str(caught.value)) < 600
+    with pytest.raises(InputError, match="nested too deeply"):
+        build_design("c1 ~ " + ":".join(f"c{i % 7}" for i in range(3000)), frame)
 
 
 def test_default_formula_is_the_last_column_on_all_others():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from hsivi_cli.bridges.geometric import diagonal_gaussian, geometric_bridge, schedule
+from hsivi_cli.bridges.geometric import DiagonalGaussian, geometric_bridge, schedule
 from hsivi_cli.networks.residual_score import ResidualScore
 from hsivi_cli.transitions.controlled import controlled_walk
 from hsivi_cli.transitions.langevin import (
@@ -59,7 +59,7 @@ class Case:
         self.start, self.rho, self.noise = seeded(N, D, seed=7), seeded(N, D, seed=8), seeded(transitions, N, D, seed=9)
 
     def bridge(self):
-        reference = diagonal_gaussian(self.mean, self.log_scale)
+        reference = DiagonalGaussian(self.mean, self.log_scale)
         return geometric_bridge(reference, target_gradient, schedule(self.increments, len(self.noise)))
 
     @property
@@ -146,7 +146,7 @@ def walks():
 
     def ours(refresh, score):
         return lambda: underdamped_walk(
-            under.z, under.rho, bridged[1](), under.step, refresh(under.a), under.noise, score
+            under.start, under.rho, bridged[1](), under.step, refresh(under.a), under.noise, score
         )
 
     def exact(a):
@@ -155,17 +155,19 @@ def walks():
     return {
         "ula": (
             over,
-            lambda: overdamped_walk(over.z, bridged[0](), over.step, over.noise),
+            lambda: overdamped_walk(over.start, bridged[0](), over.step, over.noise),
             lambda: plain_overdamped(over),
         ),
         "mcd": (
             over,
-            lambda: overdamped_walk(over.z, bridged[0](), over.step, over.noise, over.position_score),
+            lambda: overdamped_walk(over.start, bridged[0](), over.step, over.noise, over.position_score),
             lambda: plain_overdamped(over, over.at),
         ),
         "cmcd": (
             controlled,
-            lambda: controlled_walk(controlled.z, bridged[2](), controlled.step, controlled.noise, controlled.network),
+            lambda: controlled_walk(
+                controlled.start, bridged[2](), controlled.step, controlled.noise, controlled.network
+            ),
             lambda: plain_controlled(controlled),
         ),
         "uha": (
@@ -192,12 +194,14 @@ def walks():
         ),
         "uha-em": (
             under,
-            lambda: euler_walk(under.z, under.rho, bridged[1](), under.step, under.a, under.noise),
+            lambda: euler_walk(under.start, under.rho, bridged[1](), under.step, under.a, under.noise),
             lambda: plain_euler(under),
         ),
         "ldvi-em": (
             under,
-            lambda: euler_walk(under.z, under.rho, bridged[1](), under.step, under.a, under.noise, under.phase_score),
+            lambda: euler_walk(
+                under.start, under.rho, bridged[1](), under.step, under.a, under.noise, under.phase_score
+            ),
             lambda: plain_euler(under, under.at),
         ),
     }
@@ -230,8 +234,8 @@ def numbers(value, count=K):
 
 def test_ula_is_uha_without_memory():
     case, d = Case(True), 0.3
-    ula = overdamped_walk(case.z, case.bridge(), numbers(d * d / 2), case.noise)
-    uha = underdamped_walk(case.z, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(0.0)), case.noise)
+    ula = overdamped_walk(case.start, case.bridge(), numbers(d * d / 2), case.noise)
+    uha = underdamped_walk(case.start, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(0.0)), case.noise)
     ratio = uha.log_ratio + log_momentum_ratio(case.rho, uha.momentum)
     torch.testing.assert_close(ratio, ula.log_ratio, atol=1e-9, rtol=0)
     assert ula.log_ratio.abs().min() > 0.1
@@ -239,10 +243,10 @@ def test_ula_is_uha_without_memory():
 
 def test_mcd_is_ula_until_its_network_wakes_up():
     case = Case(True)
-    ula = overdamped_walk(case.z, case.bridge(), case.step, case.noise)
-    awake = overdamped_walk(case.z, case.bridge(), case.step, case.noise, case.position_score)
+    ula = overdamped_walk(case.start, case.bridge(), case.step, case.noise)
+    awake = overdamped_walk(case.start, case.bridge(), case.step, case.noise, case.position_score)
     case.network.factor.data.zero_()
-    asleep = overdamped_walk(case.z, case.bridge(), case.step, case.noise, case.position_score)
+    asleep = overdamped_walk(case.start, case.bridge(), case.step, case.noise, case.position_score)
     assert torch.equal(asleep.log_ratio, ula.log_ratio)
     assert (awake.log_ratio - ula.log_ratio).abs().min() > 1e-3
 
@@ -251,8 +255,8 @@ def test_mcd_is_the_underdamped_framework_without_memory():
     """Theorem 4.2: momenta N(0, I) forward, `N(c_k(z_k), I)` backward with `c_{k+1}(z) = -sqrt(e / 2) S_k(z)`."""
     case, d = Case(True), 0.25
     e = d * d / 2
-    mcd = overdamped_walk(case.z, case.bridge(), numbers(e), case.noise, case.position_score)
-    uha = underdamped_walk(case.z, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(0.0)), case.noise)
+    mcd = overdamped_walk(case.start, case.bridge(), numbers(e), case.noise, case.position_score)
+    uha = underdamped_walk(case.start, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(0.0)), case.noise)
     z, total, momentum, bridge = case.z, 0, case.rho, case.bridge()
     c = torch.zeros_like(z)  # c_1: any would do, its two terms cancel
     first = log_normal(momentum, c, torch.ones(()).double())
@@ -271,7 +275,7 @@ def test_mcd_is_the_underdamped_framework_without_memory():
 def test_uha_telescopes():
     """An exact refresh is reversible at N(0, I): only the leapfrog steps are left in the weight."""
     case, d, eta = Case(False), 0.2, 0.7
-    walk = underdamped_walk(case.z, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(eta)), case.noise)
+    walk = underdamped_walk(case.start, case.rho, case.bridge(), numbers(d), exact_refresh(numbers(eta)), case.noise)
     z, rho, bridge, total = case.z, case.rho, case.bridge(), 0
     for k, xi in enumerate(case.noise):
         fresh = eta * rho + math.sqrt(1 - eta**2) * xi
@@ -287,7 +291,7 @@ def test_ldvi_without_a_score_nears_uha_as_the_damping_goes_to_zero():
     case, d = Case(False), 0.05
     gaps = []
     for a in (5e-2, 5e-3, 5e-5):
-        shared = case.z, case.rho, case.bridge(), numbers(d)
+        shared = case.start, case.rho, case.bridge(), numbers(d)
         ldvi = underdamped_walk(*shared, euler_refresh(numbers(a)), case.noise)
         uha = underdamped_walk(*shared, exact_refresh(numbers(1 - a)), case.noise)
         ratios = [walk.log_ratio + log_momentum_ratio(case.rho, walk.momentum) for walk in (ldvi, uha)]
@@ -311,7 +315,7 @@ def test_leapfrog_can_be_undone_and_preserves_volume():
     torch.testing.assert_close(start, state, atol=1e-12, rtol=0)
     jacobian = torch.autograd.functional.jacobian(lambda row: leap(row[None])[0], state[0])
     torch.testing.assert_close(torch.linalg.det(jacobian), torch.ones(()).double(), atol=1e-12, rtol=0)
-    still = underdamped_walk(case.z, case.rho, bridge, numbers(0.3, 1), exact_refresh(numbers(0.6, 1)), case.noise)
+    still = underdamped_walk(case.start, case.rho, bridge, numbers(0.3, 1), exact_refresh(numbers(0.6, 1)), case.noise)
     refreshed = undo_leapfrog(still.z, still.momentum, bridge, 0, d)
     torch.testing.assert_close(refreshed[0], case.z, atol=1e-12, rtol=0)
     torch.testing.assert_close(refreshed[1], 0.6 * case.rho + 0.8 * case.noise[0], atol=1e-12, rtol=0)

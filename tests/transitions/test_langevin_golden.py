@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from hsivi_cli.bridges.geometric import diagonal_gaussian, geometric_bridge, schedule
+from hsivi_cli.bridges.geometric import DiagonalGaussian, geometric_bridge, schedule
 from hsivi_cli.transitions.controlled import controlled_walk
 from hsivi_cli.transitions.langevin import (
     euler_refresh,
@@ -37,7 +37,7 @@ def target_gradient(z):
 
 
 def reference():
-    return diagonal_gaussian(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    return DiagonalGaussian(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
 
 def bridge(count=K):
@@ -111,11 +111,12 @@ class LinearControl:
             torch.tensor(row, dtype=torch.float64)[:, None, None].requires_grad_(True) for row in (slopes, shifts)
         )
 
-    def __call__(self, z):
-        return self.slopes[: len(z)] * z + self.shifts[: len(z)]
+    def __call__(self, z, first=0):
+        rows = slice(first, first + len(z))
+        return self.slopes[rows] * z + self.shifts[rows]
 
     def linearise(self, k, z):
-        slope, shift = self.slopes[k].detach(), self.shifts[k].detach()
+        slope, shift = self.slopes[k].detach().numpy(), self.shifts[k].detach().numpy()
         return slope * z + shift, lambda rows: slope * rows
 
     def parameters(self):
