@@ -178,10 +178,10 @@ class _Evaluation:
                 more = _light(self._score_sum, h, named, r, rows, len(z) * len(model.y))
                 total = [sum_ + part for sum_, part in zip(total, more, strict=False)] + list(more[len(total) :])
             by_h, by_aux, *by_groups = total
-        parts = [by_h * coefficients.slope + coefficients.bend, by_aux * aux.slope + aux.bend]
+        by_z = [by_h * coefficients.slope + coefficients.bend, by_aux * aux.slope + aux.bend]
         if model.groups:
-            parts.append(model.groups.score(effects, by_groups))
-        return torch.cat(parts, 1)
+            by_z.append(model.groups.score(effects, by_groups))
+        return torch.cat(by_z, 1)
 
     def _score_sum(self, h: Z, aux: Aux, effects: list[Flat], rows: slice) -> tuple[Tensor, ...]:
         eta = self.eta(h, effects, rows)

@@ -206,7 +206,7 @@ class _Recursion(torch.autograd.Function):
         bar_keep, bar_spread = _dot(bar_fresh, run.rho[:-1]), _dot(bar_fresh, at.noise)
         bar_betas = at.before * h_contrast + at.after * rho_contrast
         found = (bar_keep, bar_spread, bar_before, _dot(bar_next, run.h), bar_after, bar_betas)
-        sized = [bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes)]
+        sized = [bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes, strict=True)]
         keep = np.broadcast_to(at.keep, at.push.shape)
         bar_inputs = (bar_z * at.scale, outer_rho[0] + keep[0] * bar_h[0], at.spread * bar_fresh)
         bar_tensors = (*bar_inputs, *sized, bar_mean, bar_log_scale)

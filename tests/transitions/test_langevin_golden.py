@@ -213,8 +213,9 @@ def broken_ldvi(break_weight=lambda log_weight, walk: log_weight, score=None):
 def test_broken_weights_are_noticed():
     """Negative controls with the values of the specification: the checks above do fail when they should."""
     last = broken_ldvi(lambda w, walk: w + 0.5 * walk.momentum.square().sum(1) + 0.5 * math.log(2 * math.pi))
-    assert moments(*last)[2] == pytest.approx(21.996, abs=2)  # no final momentum term
-    assert abs(moments(*last)[2] - LOG_Z) > 1
+    _, _, log_mean, eigenvalues = moments(*last)  # no final momentum term: the mean does not even exist, so that
+    assert eigenvalues.min() < 1e-12  # the specification's 21.996 is the logarithm of a rounding error
+    assert log_mean > LOG_Z + 10
 
     stale = broken_ldvi(score=lambda z, rho, noise: phase_score(z, (rho - math.sqrt(0.8) * noise) / 0.6))
     assert moments(*stale)[2] == pytest.approx(1.6086, abs=1e-4)  # rho before the refresh fed to the score
