@@ -273,7 +273,7 @@ def ascend(state: State, elbo: Float[Tensor, ""]) -> float:
     """One Adam step up; returns the gradient's norm, and does nothing unless that is finite."""
     config = state.config
     gradient = flatten(torch.autograd.grad(elbo, state.trained))
-    norm = gradient.norm().item()
+    norm = math.sqrt(gradient.dot(gradient).item())
     if not math.isfinite(norm):
         return norm
     rate = config.lr

@@ -104,4 +104,4 @@ class _Layers(torch.autograd.Function):
         bars = [bar_start.reshape(*bar.shape[:2], -1)]
         for grown, seen in ((bar_1, run.start), (bar_2, run.middle), (bar_3, run.hidden)):
             bars += [grown.T @ seen, grown.sum(0)]
-        return *(torch.from_numpy(array) for array in bars), torch.tensor(np.vdot(rows, run.raw))
+        return *(torch.from_numpy(array) for array in bars), torch.from_numpy(np.array(np.vdot(rows, run.raw)))

@@ -20,6 +20,7 @@ from hsivi_cli.targets.triangle import independent, triangle
 _DEPENDENT = 1e-9  # distance of a column of length one from the span of the others
 _SEPARATED = 1e-7
 _LP_ROWS = 500
+WIDE = 200  # columns
 Matrix = Float64[np.ndarray, "N k"]
 Rows = Float64[np.ndarray, " N"]
 Means = Float64[np.ndarray, " k"] | None
@@ -190,7 +191,7 @@ def _separation(
                 f"{_who(direction, kept)}{what}, so with flat priors the posterior is improper: "
                 'give proper priors, as --prior "b=normal(0,2.5)" --prior "Intercept=normal(0,2.5)"'
             )
-    if not flat.all():
+    if not flat.all() and X.shape[1] <= WIDE:  # a fact only, and the linear programme takes minutes beyond
         direction = separating_direction(X, sides)
         if direction is not None:
             return [f"{_who(direction, names)}{what}: the size of these coefficients is the priors' doing"]

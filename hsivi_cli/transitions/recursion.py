@@ -96,18 +96,17 @@ class _Inputs:
         self.shares = 1 - self.betas
         # the factors of the target's (push) and the reference's (pull) gradient in h_k, the kick that ended transition
         # k - 1 included
-        count = (len(self.noise), 1, 1)
-        self.push, pull = np.empty(count), np.empty(count)
-        for factor, part in ((self.push, self.betas), (pull, self.shares)):
-            np.multiply(self.before, part, out=factor)
-            factor[1:] += np.broadcast_to(self.keep, count)[1:] * (self.after * part)[:-1]
+        self.later = self.keep[1:] if len(self.keep) > 1 else self.keep
+        self.push, pull = self.before * self.betas, self.before * self.shares
+        self.push[1:] += self.later * (self.after * self.betas)[:-1]
+        pull[1:] += self.later * (self.after * self.shares)[:-1]
         self.attraction = pull * self.precision
 
     def lists(self) -> tuple[list[float], ...]:
         """keep, push, stride and before as Python numbers, one a transition."""
-        shape = self.push.shape
-        numbers = (self.keep, self.push, self.stride, self.before)
-        return tuple(np.broadcast_to(number, shape).ravel().tolist() for number in numbers)
+        count = len(self.noise)
+        numbers = (number.ravel().tolist() for number in (self.keep, self.push, self.stride, self.before))
+        return tuple(values if len(values) == count else values * count for values in numbers)
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class _Recursion(torch.autograd.Function):
         outer_z[1:] -= kicked * at.shares * at.precision
         bar_z, bar_next, bar_h = _adjoint(at, run, outer_z, outer_rho, outer_gradient)
         bar_rho = outer_rho[1:]
-        bar_rho[:-1] += (np.broadcast_to(at.keep, at.push.shape)[1:]) * bar_h[1:]
+        bar_rho[:-1] += at.later * bar_h[1:]
 
         offset = at.mean - run.z
         reference = offset * at.precision
@@ -206,9 +205,10 @@ class _Recursion(torch.autograd.Function):
         bar_keep, bar_spread = _dot(bar_fresh, run.rho[:-1]), _dot(bar_fresh, at.noise)
         bar_betas = at.before * h_contrast + at.after * rho_contrast
         found = (bar_keep, bar_spread, bar_before, _dot(bar_next, run.h), bar_after, bar_betas)
-        sized = [bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes, strict=True)]
-        keep = np.broadcast_to(at.keep, at.push.shape)
-        bar_inputs = (bar_z * at.scale, outer_rho[0] + keep[0] * bar_h[0], at.spread * bar_fresh)
+        sized = [
+            bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes, strict=True)
+        ]
+        bar_inputs = (bar_z * at.scale, outer_rho[0] + at.keep[0] * bar_h[0], at.spread * bar_fresh)
         bar_tensors = (*bar_inputs, *sized, bar_mean, bar_log_scale)
         return None, None, *(torch.from_numpy(bar) for bar in bar_tensors), *rest
 
