@@ -25,6 +25,8 @@ METHODS = (
     "ldvi",
     "uha-em",
     "ldvi-em",
+    "ldvi-mixed",
+    "ldvi-exact",
     "cmcd",
     "hsivi-lb",
     "hsivi-sm",
@@ -231,11 +233,12 @@ def _plot(
 
 
 def _print(report: "PosteriorReport") -> None:
-    header = ("parameter", "mean", "sd", "5%", "50%", "95%", "ess", "mcse")
+    header = ("parameter", "mean", "sd", "5%", "50%", "95%", "ess", "mcse", "k-hat")
     rows = []
     for row in report.summary:
         figures = (row.mean, row.sd, row.q5, row.q50, row.q95)
         rows.append((row.name, *(f"{figure:.4g}" for figure in figures), f"{row.ess:.0f}", f"{row.mcse:.2g}"))
+        rows[-1] += ("-" if row.khat is None else f"{row.khat:.2f}",)
     how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC and HMC moves", "hmc": "HMC moves"}[report.route]
     # what tempering starts from is the Gaussian, whatever was trained beside it
     name = how if report.route == "smc" else f"{report.note or report.method}, corrected by {how}"

@@ -14,16 +14,18 @@ MEAN_DECAY, SQUARE_DECAY, EPSILON = 0.9, 0.999, 1e-8
 class FlatAdam:
     """Adam (Kingma & Ba 2015) for many small parameters, which become views of one vector.
 
-    `scales[i]` multiplies the learning rate of `parameters[i]`. Gradients are handed over, not looked up.
+    Each group is its parameters and what their learning rate is multiplied by; gradients are handed over end to end, in
+    the order of the groups.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], scales: Sequence[float]) -> None:
-        self.vector = torch.cat([parameter.data.flatten() for parameter in parameters])
-        rates = [torch.full((parameter.numel(),), scale) for parameter, scale in zip(parameters, scales, strict=True)]
-        self.scale = torch.cat(rates).to(self.vector)
+    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> None:
+        parameters = [parameter for members, _ in groups for parameter in members]
         sizes = [parameter.numel() for parameter in parameters]
+        self.vector = torch.cat([parameter.data.flatten() for parameter in parameters])
         for parameter, part in zip(parameters, self.vector.split(sizes), strict=True):
             parameter.data = part.view_as(parameter)
+        self.scales = [scale for _, scale in groups]
+        self.lengths = [sum(parameter.numel() for parameter in members) for members, _ in groups]
         self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
         self.count = 0
 
@@ -33,8 +35,12 @@ class FlatAdam:
         self.count += 1
         self.mean.lerp_(gradient, 1 - MEAN_DECAY)
         self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
-        deviation = self.square.sqrt().mul_(1 / math.sqrt(1 - SQUARE_DECAY**self.count)).add_(EPSILON)
-        self.vector.addcdiv_(self.mean * self.scale, deviation, value=rate / (1 - MEAN_DECAY**self.count))
+        unbiased = math.sqrt(1 - SQUARE_DECAY**self.count)
+        deviation = self.square.sqrt().add_(EPSILON * unbiased)
+        rate *= unbiased / (1 - MEAN_DECAY**self.count)
+        parts = (whole.split(self.lengths) for whole in (self.vector, self.mean, deviation))
+        for vector, mean, spread, scale in zip(*parts, self.scales, strict=True):
+            vector.addcdiv_(mean, spread, value=rate * scale)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step count; the vector is its owners' business."""

@@ -3,18 +3,31 @@ heavier than a Gaussian's, as those of every regression with an unknown scale ar
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.evaluation.pareto import Smoothed
+from hsivi_cli.evaluation.pareto import Smoothed, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.targets.density import Density
 
-DEGREES = (0, 50, 20, 8, 4)  # 0: the Gaussian itself
+DEGREES = (0, 50, 20, 8, 4, 2, 1)  # 0: the Gaussian itself
 SAFE = 0.4  # a k-hat that other draws will not lift above 0.5
+UNUSABLE = 0.7
+WIDE = (3, 3.0)  # degrees and scale of a probe for mass where no proposal looks
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Draws of one proposal and their weights."""
+
+    degrees: int
+    draws: Draws
+    weights: Smoothed
 
 
 def student_t_draws(density: Density, start: GaussianFit, degrees: int, noise: NoiseStreams) -> Draws:
@@ -42,19 +55,55 @@ def student_t_log_prob(start: GaussianFit, degrees: int, squares: Float64[Tensor
     return constant - log_det - half * (squares / degrees).log1p()
 
 
-def best_degrees(weigh: Callable[[int], Smoothed]) -> tuple[int, Smoothed]:
-    """The degrees of freedom whose pilot weights are the most even among those with a safe tail, or of the best tail.
+def run_pilots(density: Density, start: GaussianFit, count: int, noise: Callable[[], NoiseStreams]) -> list[Pilot]:
+    """One pilot of `count` draws for each of `DEGREES`, and last the wide probe; `noise()` gives fresh streams."""
+    wide = replace(start, scale_tril=start.scale_tril * WIDE[1])
+    found = []
+    for degrees, base in [*((degrees, start) for degrees in DEGREES), (WIDE[0], wide)]:
+        draws = student_t_draws(density, base, degrees, noise())
+        assert draws.log_weight is not None
+        if bool((draws.log_weight > -math.inf).any()):
+            found.append(Pilot(degrees, draws, smooth_weights(draws.log_weight)))
+    return found
 
-    `weigh(degrees)` gives the weights of a pilot.
-    """
-    pilots: dict[int, Smoothed] = {}
-    for degrees in DEGREES:
-        pilots[degrees] = weigh(degrees)
-        if pilots[degrees].khat < 0:  # no tail to speak of: nothing to gain
-            break
-    safe = {degrees: pilot for degrees, pilot in pilots.items() if pilot.khat < SAFE}
+
+def best_degrees(pilots: list[Pilot]) -> Pilot:
+    """Of the pilots but the wide probe, the one with the most even weights among those with a safe tail; where none is
+    safe, the one with the best tail."""
+    own = pilots[:-1] or pilots
+    safe = [pilot for pilot in own if pilot.weights.khat < SAFE]
     if safe:
-        best = max(safe, key=lambda degrees: safe[degrees].ess)
-    else:
-        best = min(pilots, key=lambda degrees: pilots[degrees].khat)
-    return best, pilots[best]
+        return max(safe, key=lambda pilot: pilot.weights.ess)
+    return min(own, key=lambda pilot: pilot.weights.khat)
+
+
+def contradiction(chosen: Pilot, pilots: list[Pilot]) -> Pilot | None:
+    """A pilot with heavier tails that found what `chosen` has not: more evidence than the errors of both allow, or
+    weights out of hand, which heavier tails alone can only tame. None if there is none."""
+    for pilot in pilots:
+        heavier = pilot is pilots[-1] or (pilot.degrees and (not chosen.degrees or pilot.degrees < chosen.degrees))
+        if not heavier:
+            continue
+        error = math.hypot(pilot.weights.log_z_se, chosen.weights.log_z_se)
+        more = pilot.weights.log_z - chosen.weights.log_z > 4 * error + 0.05
+        wild = pilot.weights.khat > UNUSABLE and pilot.weights.ess > 20 and pilot is not pilots[-1]
+        if more or wild:
+            return pilot
+    return None
+
+
+def infinite_variance(pilots: list[Pilot]) -> bool:
+    """Whether the posterior's tails seem to fall no faster than a t's with 2 degrees of freedom.
+
+    Against a t(4), weights of a tail of index nu have the shape 1 - nu / 4.
+    """
+    return any(pilot.degrees == 4 and pilot.weights.khat > 0.5 for pilot in pilots[:-1])
+
+
+def widened(start: GaussianFit, pilot: Pilot) -> GaussianFit:
+    """A Gaussian with the moments of a pilot's weighted draws, on top of the spread of the start."""
+    weight = pilot.weights.log_weight.exp()
+    mean = weight @ pilot.draws.z
+    centred = pilot.draws.z - mean
+    covariance = start.scale_tril @ start.scale_tril.T + (weight[:, None] * centred).T @ centred
+    return replace(start, location=mean, scale_tril=torch.linalg.cholesky(covariance))

@@ -142,9 +142,11 @@ def init(
         count = config.transitions + (config.kind == "cmcd")  # a control for each end of each transition
         network = ResidualScore(inputs, density.dim, count, generator(config.seed, Stream.INIT))
     fast = 1.0 if config.paper else config.scalar_lr
-    trained = [*parameters.values(), *(network.parameters() if network else ())]
-    scales = [1.0 if name in ("mean", "log_scale") else fast for name in parameters]
-    optimiser = FlatAdam(trained, scales + [1.0] * (len(trained) - len(scales)))
+    q = [parameters["mean"], parameters["log_scale"]]
+    scalars = [parameter for name, parameter in parameters.items() if name not in ("mean", "log_scale")]
+    slow = [*q, *(network.parameters() if network else ())]
+    optimiser = FlatAdam([(slow, 1.0), (scalars, fast)])
+    trained = [*slow, *scalars]
     return State(0, density, config, parameters, network, trained, optimiser)
 
 

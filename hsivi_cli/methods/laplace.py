@@ -50,7 +50,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class _Summit:
+class Summit:
     """Where one climb ended."""
 
     z: Tensor
@@ -159,7 +159,7 @@ def _best_summits(
     points += list(2 * noise + points[0])
     if _responses(density) * density.dim > LARGE:
         points = points[:1]
-    summits = [_climb(density, point) for point in points if bool(density.log_prob(point[None]).isfinite().all())]
+    summits = [climb(density, point) for point in points if bool(density.log_prob(point[None]).isfinite().all())]
     if not summits:
         raise InputError(f"the log density of {density.name} is finite at none of {len(points)} starting points")
     # a climb that has not converged may have run away to any height, so it counts only where none has
@@ -172,8 +172,8 @@ def _best_summits(
     )
 
 
-def _climb(density: Density, start: Tensor, rounds: int = 4) -> _Summit:
-    """L-BFGS and Newton in turn: Newton is exact near the summit and does not mind units, L-BFGS is cheap far away."""
+def climb(density: Density, start: Tensor, rounds: int = 4) -> Summit:
+    """The summit above one point: L-BFGS, cheap far away, and Newton, exact near it whatever the units, in turn."""
     z = start
     for _ in range(rounds):
         z = _lbfgs(density, z)
@@ -205,7 +205,7 @@ def _lbfgs(density: Density, start: Tensor, iterations: int = 200) -> Tensor:
     return best
 
 
-def _newton(density: Density, z: Tensor, iterations: int = 30) -> _Summit:
+def _newton(density: Density, z: Tensor, iterations: int = 30) -> Summit:
     """Newton steps on |curvature|, each shortened to the best of a dozen lengths, until half a squared step is tiny."""
     lengths = 2.0 ** torch.arange(1, -12, -1, dtype=torch.float64)
     with torch.no_grad():
@@ -215,7 +215,7 @@ def _newton(density: Density, z: Tensor, iterations: int = 30) -> _Summit:
             gradient = density.gradient(z[None])[0]
         hessian = hessian_at(density, z)
         if not bool(hessian.isfinite().all() and gradient.isfinite().all()):
-            return _Summit(z, log_prob, torch.zeros_like(hessian).fill_diagonal_(-1.0), False)
+            return Summit(z, log_prob, torch.zeros_like(hessian).fill_diagonal_(-1.0), False)
         scale, values, vectors = _scaled_eigen(hessian)
         step = scale * (vectors @ ((vectors.T @ (scale * gradient)) / values))
         decrement = float(gradient @ step)  # the squared length of the step in standard deviations
@@ -228,7 +228,7 @@ def _newton(density: Density, z: Tensor, iterations: int = 30) -> _Summit:
         if not float(heights[highest]) > log_prob:
             break
         z, log_prob = z + lengths[highest] * step, float(heights[highest])
-    return _Summit(z, log_prob, hessian, decrement < 1e-6)
+    return Summit(z, log_prob, hessian, decrement < 1e-6)
 
 
 def _judge(density: Density, z: Tensor, log_prob: float, precision: Tensor, converged: bool) -> tuple[Kind, str]:

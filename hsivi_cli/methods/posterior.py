@@ -5,9 +5,10 @@ and corrects by importance weights where they are good; otherwise it tempers fro
 moves. Every other method is trained, and its draws are corrected in the same two ways.
 """
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from torch import Tensor
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
-from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
-from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws
-from hsivi_cli.methods.laplace import Mode, find_mode, hessian_at, require_proper
+from hsivi_cli.methods.gaussian_start import find_start, raw_start
+from hsivi_cli.methods.gaussian_vi import GaussianFit
+from hsivi_cli.methods.heavy_tails import (
+    best_degrees,
+    contradiction,
+    infinite_variance,
+    run_pilots,
+    student_t_draws,
+    widened,
+)
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.refine import Refined, refine, tempered_smc
 from hsivi_cli.targets.density import Density, column_names, flatten_values
@@ -37,7 +45,8 @@ SUMMARY_DRAWS = 16_000  # Monte Carlo error of a 5 % quantile: about 0.02 sd
 CHEAP = 200_000_000  # responses times draws that are evaluated without a second thought
 AUTO = "gaussian"  # the start itself, untrained
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
-DRAW_SEED = 0x5EED  # draws come from streams of their own, not from those of the training seed
+# what chooses (pilots) and what is given out must not share random numbers: the choice would flatter its own draws
+DRAW_SEED, SECOND_SEED, PILOT_SEED = 0x5EED, 0x2ED00000, 0x71107000000
 
 
 @dataclass
@@ -45,7 +54,9 @@ class Fit:
     """A fitted approximation: `method` on `white`, the density in the coordinates of the Gaussian `start`.
 
     `route` says how draws are corrected: "weights", "hmc" or "smc". `modes` counts the modes that were found,
-    `degrees` are those of the Student t that `auto` draws from (0: the Gaussian).
+    `degrees` are those of the Student t that `auto` draws from (0: the Gaussian),
+    `pilot` what the weights of the method's own first draws say, `missed` whether heavier tails found more mass,
+    `heavy` whether the posterior's variance seems infinite.
     """
 
     density: Density
@@ -56,6 +67,9 @@ class Fit:
     route: str = "weights"
     modes: int = 1
     degrees: int = 0
+    pilot: Smoothed | None = None
+    missed: bool = False
+    heavy: bool = False
     trace: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -68,13 +82,15 @@ class Fit:
 class Posterior:
     """Equally weighted draws of the named quantities, and the evidence for them.
 
-    `values` has shape (n, p), a column a scalar; `log_approx` and `log_prob` are in the unconstrained coordinates.
+    `values` has shape (n, p), a column a scalar; `weighted` are the raw draws (N, p) that `weights` belong to, where
+    the n were resampled from them; `log_approx` and `log_prob` are in the unconstrained coordinates.
     `weights` are the raw draws' (None without), `refined` what moves did; `ess` is the number of independent draws
     these n are worth.
     """
 
     columns: tuple[str, ...]
     values: Float64[Tensor, "n p"]
+    weighted: Float64[Tensor, "N p"] | None
     z: Float64[Tensor, "n d"]
     log_prob: Float64[Tensor, " n"]
     log_approx: Float64[Tensor, " n"] | None
@@ -97,38 +113,57 @@ def fit_posterior(
     Raises InputError for options that mean nothing or an improper posterior, RunError where training diverges.
     """
     check_options(options)
-    seed = options.seed
-    start, modes = _start(density, options)
+    start, modes = find_start(density, options.seed) if not options.paper else (raw_start(density.dim), 1)
     fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
     fit.modes = modes
     if fit.method == AUTO:
-        count = affordable_draws(density, 300, PILOT)
-        fit.degrees, pilot = best_degrees(lambda degrees: _weights(_raw(replace(fit, degrees=degrees), count, seed)))
+        _explore(fit)
     else:
         _train(fit, directory, on_log, resume)
-        pilot = _weights(_raw(fit, PILOT, seed))
-    fit.route = _route(options, pilot, modes)
+        fit.pilot = _weights(_raw(fit, PILOT, options.seed, PILOT_SEED))
+    fit.route = _route(fit)
     return fit
+
+
+def _explore(fit: Fit) -> None:
+    """Choose the tails of `auto`, and widen its start where a heavier-tailed pilot found mass that it misses."""
+    count = affordable_draws(fit.density, 300, PILOT)
+    seeds = itertools.count(fit.options.seed ^ PILOT_SEED)
+    with torch.no_grad():
+        pilots = run_pilots(fit.density, fit.start, count, lambda: NoiseStreams(next(seeds), range(count)))
+    if not pilots:
+        raise RunError(f"the log density of {fit.density.name} is finite at none of the draws around its fit")
+    chosen = best_degrees(pilots)
+    fit.degrees, fit.pilot = chosen.degrees, chosen.weights
+    fit.heavy = infinite_variance(pilots)
+    missed = contradiction(chosen, pilots)
+    if missed is not None and fit.modes == 1:
+        fit.start, fit.missed = widened(fit.start, missed), True
 
 
 def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
     """n draws by the fit's route; `seed` names them, other seeds give independent ones."""
     if fit.route == "smc":
-        refined = tempered_smc(fit.density, fit.start, min(max(n, 1000), PARTICLES), seed, draws=n)
-        return _posterior(fit, refined.draws, refined.ess, None, refined)
+        return _tempered(fit, n, seed)
     raw = _raw(fit, n, seed)
     weights = _weights(raw)
     if fit.route == "hmc":
         refined = refine(fit.density, raw, seed)
-        return _posterior(fit, refined.draws, refined.ess, weights, refined)
+        return _posterior(fit, refined.draws, min(refined.ess, float(n)), weights, refined)
     share = max(weights.ess / n, 1 / MOST_WALKS)
     if share < 0.9:
-        raw = _raw(fit, math.ceil(n / share), seed)
+        raw = _raw(fit, math.ceil(n / share), seed, SECOND_SEED)
         weights = _weights(raw)
     if fit.options.method == "auto" and fit.options.refine == "auto" and weights.khat > GOOD_KHAT:
-        return draw_posterior(replace(fit, route="smc"), n, seed)  # the pilot was luckier than these draws
+        return _tempered(fit, n, seed)  # the pilot was luckier than these draws
     rows = resample(weights.log_weight, n, torch.Generator().manual_seed(seed))
-    return _posterior(fit, _taken(raw, rows), min(weights.ess, float(n)), weights, None)
+    return _posterior(fit, _taken(raw, rows), min(weights.ess, float(n)), weights, None, raw.z)
+
+
+def _tempered(fit: Fit, n: int, seed: int) -> Posterior:
+    particles = min(max(n, 1000), PARTICLES)
+    refined = tempered_smc(fit.density, fit.start, particles, seed, draws=n)
+    return _posterior(fit, refined.draws, min(refined.ess, float(n)), None, refined)
 
 
 def affordable_draws(density: Density, least: int, most: int) -> int:
@@ -144,12 +179,18 @@ def state_tree(fit: Fit) -> dict[str, Any]:
         "route": fit.route,
         "modes": fit.modes,
         "degrees": fit.degrees,
+        "heavy": fit.heavy,
         "location": fit.start.location,
         "scale_tril": fit.start.scale_tril,
         "start_elbo": [fit.start.elbo, fit.start.elbo_se],
         "state": {} if fit.method == AUTO else fit.module.state_dict(fit.state),
         "trace": [list(point) for point in fit.trace],
+        "pilot": None if fit.pilot is None else {"log_weight": fit.pilot.log_weight, **_figures(fit.pilot)},
     }
+
+
+def _figures(weights: Smoothed) -> dict[str, Any]:
+    return {f.name: getattr(weights, f.name) for f in fields(weights) if f.name != "log_weight"}
 
 
 def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
@@ -160,30 +201,10 @@ def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
     if fit.method != AUTO:
         fit.module.load_state_dict(fit.state, tree["state"])
     fit.route, fit.modes, fit.degrees = tree["route"], tree["modes"], tree["degrees"]
+    fit.heavy = tree["heavy"]
+    fit.pilot = None if tree["pilot"] is None else Smoothed(**tree["pilot"])
     fit.trace = [(int(step), float(value)) for step, value in tree["trace"]]
     return fit
-
-
-def _start(density: Density, options: FitOptions) -> tuple[GaussianFit, int]:
-    """The Gaussian whose coordinates the method works in, and the number of modes; `--paper` works in the raw ones."""
-    zero, one = torch.zeros(density.dim, dtype=torch.float64), torch.eye(density.dim, dtype=torch.float64)
-    if options.paper:
-        return GaussianFit(zero, one, math.nan, math.nan, "full-rank"), 1
-    mode = find_mode(density, random_starts=8 if density.dim <= 20 else 3, seed=options.seed)
-    require_proper(mode, density)
-    if mode.kind == "mode":
-        # a climb from a point of symmetry may have ended on a saddle
-        others = [z for z in mode.others if float(torch.linalg.eigvalsh(hessian_at(density, z)).max()) < 0]
-        if others:
-            return _over_modes(mode, torch.stack([mode.location, *others])), 1 + len(others)
-    return fit_gaussian(density, "full-rank", mode, options.seed), 1
-
-
-def _over_modes(mode: Mode, points: Float64[Tensor, "m d"]) -> GaussianFit:
-    """The Gaussian with the moments of equal bumps at all modes found, each with the curvature of the highest."""
-    centred = points - points.mean(0)
-    covariance = mode.scale_tril @ mode.scale_tril.T + centred.T @ centred / len(points)
-    return GaussianFit(points.mean(0), torch.linalg.cholesky(covariance), math.nan, math.nan, "full-rank")
 
 
 def _init(density: Density, options: FitOptions, method: str, start: GaussianFit) -> Fit:
@@ -216,9 +237,9 @@ def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], 
     loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log))
 
 
-def _raw(fit: Fit, n: int, seed: int) -> Draws:
+def _raw(fit: Fit, n: int, seed: int, purpose: int = DRAW_SEED) -> Draws:
     """n draws of the method itself, in the density's own coordinates."""
-    noise = NoiseStreams(seed ^ DRAW_SEED, range(n))
+    noise = NoiseStreams(seed ^ purpose, range(n))
     with torch.no_grad():
         if fit.method == AUTO:
             return student_t_draws(fit.density, fit.start, fit.degrees, noise)
@@ -243,14 +264,15 @@ def _weights(raw: Draws) -> Smoothed:
     return smooth_weights(raw.log_prob - raw.log_approx)
 
 
-def _route(options: FitOptions, pilot: Smoothed, modes: int) -> str:
-    if options.refine in ("hmc", "smc"):
-        return options.refine
-    if options.refine == "none":
+def _route(fit: Fit) -> str:
+    if fit.options.refine in ("hmc", "smc"):
+        return fit.options.refine
+    if fit.options.refine == "none":
         return "weights"
-    poor = modes > 1 or pilot.khat > USABLE_KHAT
-    if options.method == "auto":
-        poor = poor or pilot.khat > GOOD_KHAT or pilot.ess < ENOUGH * pilot.n
+    assert fit.pilot is not None
+    poor = fit.missed or fit.modes > 1 or fit.pilot.khat > USABLE_KHAT
+    if fit.method == AUTO:
+        poor = poor or fit.pilot.khat > GOOD_KHAT or fit.pilot.ess < ENOUGH * fit.pilot.n
     return "smc" if poor else "weights"
 
 
@@ -265,11 +287,32 @@ def _taken(draws: Draws, rows: Tensor) -> Draws:
     )
 
 
-def _posterior(fit: Fit, draws: Draws, ess: float, weights: Smoothed | None, refined: Refined | None) -> Posterior:
-    with torch.no_grad():
-        named: dict[str, Float[Tensor, "n ..."]] = fit.density.constrain(draws.z)
-    columns = tuple(column_names(named))
-    values = flatten_values(named).double()
+def _posterior(
+    fit: Fit,
+    draws: Draws,
+    ess: float,
+    weights: Smoothed | None,
+    refined: Refined | None,
+    weighted: Float64[Tensor, "N d"] | None = None,
+) -> Posterior:
+    columns, values = named_values(fit.density, draws.z)
     return Posterior(
-        columns, values, draws.z, draws.log_prob, draws.log_approx, ess, weights, refined, fit.route, draws.note
+        columns=columns,
+        values=values,
+        weighted=None if weighted is None else named_values(fit.density, weighted)[1],
+        z=draws.z,
+        log_prob=draws.log_prob,
+        log_approx=draws.log_approx,
+        ess=ess,
+        weights=weights,
+        refined=refined,
+        route="weights" if refined is None else "hmc" if weights is not None else "smc",
+        note=draws.note,
     )
+
+
+def named_values(density: Density, z: Float64[Tensor, "n d"]) -> tuple[tuple[str, ...], Float64[Tensor, "n p"]]:
+    """Names and values of every scalar that the user sees, a column each."""
+    with torch.no_grad():
+        named: dict[str, Float[Tensor, "n ..."]] = density.constrain(z)
+    return tuple(column_names(named)), flatten_values(named).double()

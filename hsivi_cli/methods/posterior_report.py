@@ -12,14 +12,17 @@ from torch import Tensor
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.calibration import SbcResult, run_sbc
+from hsivi_cli.evaluation.pareto import tail_shape
 from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
 from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
-from hsivi_cli.methods.posterior import Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior import AUTO, PARTICLES, Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.methods.refine import ISLANDS
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
+HEAVY = 0.5  # shape of a tail whose variance is infinite
+MOST_TAILS = 200  # columns whose tails are looked at
 SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
 MOST_RESPONSES = 20_000  # of a predictive check; a million rows would take longer than the fit
 
@@ -64,7 +67,10 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
     """Summarise the draws and judge them."""
     refined, raw = posterior.refined, posterior.weights
     ess = posterior.ess
-    summary = summarise(posterior.columns, posterior.values, ess=ess)
+    if posterior.weighted is not None and raw is not None:
+        summary = summarise(posterior.columns, posterior.weighted, raw.log_weight)
+    else:
+        summary = summarise(posterior.columns, posterior.values, ess=ess)
     semi_implicit = fit.method.startswith("hsivi")
     weights = Weights(raw.khat, raw.ess, approximate=semi_implicit, drawn=raw.n) if raw is not None else None
     moves = None
@@ -72,11 +78,15 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
         # particles do not cross between far modes: there the agreement of independent islands is the evidence
         memory = None if fit.modes > 1 else refined.memory
-        noise = 2.0 * ISLANDS / len(posterior.values)
+        noise = 2.0 * ISLANDS / PARTICLES
         moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=noise)
     predictive = _predictive(fit.density, posterior, seed)
-    non_finite = int((~posterior.values.isfinite().all(1)).sum()) + (raw.non_finite if raw is not None else 0)
-    verdict = judge(len(posterior.values), weights, moves, predictive, calibration, non_finite)
+    n = len(posterior.values)
+    non_finite = int((~posterior.values.isfinite().all(1)).sum())
+    if raw is not None:
+        non_finite += math.ceil(n * raw.non_finite / raw.n)
+    verdict = _with_tails(judge(n, weights, moves, predictive, calibration, non_finite), fit, posterior)
+    shown = raw if raw is not None else fit.pilot if fit.method != AUTO else None
     log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)
     if refined is not None:
         bridged = refined.log_z is not None and math.isfinite(refined.log_z)
@@ -84,14 +94,14 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         log_z, log_z_se = evidence
     return PosteriorReport(
         method=fit.method,
-        route=fit.route,
+        route=posterior.route,
         n=len(posterior.values),
         summary=summary,
         verdict=verdict,
         ess=ess,
-        khat=raw.khat if raw is not None else None,
-        elbo=raw.elbo if raw is not None else None,
-        elbo_se=raw.elbo_se if raw is not None else None,
+        khat=shown.khat if shown is not None else None,
+        elbo=shown.elbo if shown is not None else None,
+        elbo_se=shown.elbo_se if shown is not None else None,
         log_z=log_z,
         log_z_se=log_z_se,
         modes=fit.modes,
@@ -99,6 +109,20 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         calibration=calibration,
         note=posterior.note,
     )
+
+
+def _with_tails(verdict: Verdict, fit: Fit, posterior: Posterior) -> Verdict:
+    """Lower a trust where a tail is so heavy that a mean or sd may not exist: then no sample shows it whole."""
+    centred = (posterior.values - posterior.values.median(0).values).abs().T[:MOST_TAILS]
+    heavy = [name for name, far in zip(posterior.columns, centred, strict=False) if tail_shape(far.log()) > HEAVY]
+    if not heavy and not fit.heavy:
+        return verdict
+    more = f" and {len(heavy) - 3} more" if len(heavy) > 3 else ""
+    whose = f"the tails of {', '.join(heavy[:3])}{more}" if heavy else "the posterior's tails"
+    text = f"{whose} are so heavy that means, sds and extreme quantiles are not reliable"
+    if verdict.level == "trust":
+        return Verdict("care", (text,), f"use with care: {text}")
+    return Verdict(verdict.level, (*verdict.reasons, text), f"{verdict.line}; {text}")
 
 
 def calibrate(

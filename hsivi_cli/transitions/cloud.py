@@ -124,28 +124,34 @@ def _measure(cloud: Cloud) -> None:
 
 def features(cloud: Cloud, chains: Chains | None = None) -> Float[Tensor, "n f"]:
     """What is watched of the cloud's chains, or of these: the coordinates in the cloud's own shape, their squares, and
-    the log density."""
+    the log density. Coordinates count by their asinh, so that a few far draws do not hide all the others."""
     chains = cloud.chains if chains is None else chains
     v = torch.linalg.solve_triangular(cloud.scale, (chains.z - cloud.centre).T, upper=False).T
+    v = v.asinh()
     return torch.cat([v, v**2, chains.log_prob[:, None]], 1)
 
 
 def correlation(before: Float[Tensor, "n f"], now: Float[Tensor, "n f"]) -> float:
-    """The largest absolute correlation of a feature with its own start."""
+    """The largest absolute correlation of a feature with its own start; a feature that does not vary has none."""
     a, b = before - before.mean(0), now - now.mean(0)
-    return float(((a * b).mean(0) / (a.std(0) * b.std(0)).clamp_min(1e-300)).abs().max())
+    varies = a.std(0) > 1e-10 * (1 + before.mean(0).abs())
+    found = ((a * b).mean(0) / (a.std(0) * b.std(0)).clamp_min(1e-300)).abs().clamp_max(1.0)
+    return float(torch.where(varies, found, 0.0).max())
 
 
 def drift(before: Float[Tensor, "n f"], now: Float[Tensor, "n f"]) -> float:
     """How far the cloud's means have moved, in standard errors of two independent clouds; the worst feature's."""
-    variance = (before.var(0) + now.var(0)).clamp_min(1e-300)
+    # a feature that does not vary has no error to be measured in
+    variance = (before.var(0) + now.var(0)).clamp_min(1e-20) + 1e-20 * now.mean(0) ** 2
     return float(((now.mean(0) - before.mean(0)).abs() / (variance / len(now)).sqrt()).max())
 
 
 def agreement(watched: list[Float[Tensor, "n f"]], islands: int) -> Agreement:
     """How well the islands agree on the means of the features of one or several states of the cloud."""
     by_island = torch.cat([state.reshape(islands, -1, state.shape[1]) for state in watched], 1)
-    ratio = float((by_island.mean(1).var(0) / by_island.var(1).mean(0).clamp_min(1e-300)).max())
+    within = by_island.var(1).mean(0)
+    floor = 1e-20 * (1 + by_island.mean((0, 1)) ** 2)  # a feature that does not vary: rounding is no disagreement
+    ratio = float((by_island.mean(1).var(0) / (within + floor)).max())
     n = by_island.shape[0] * by_island.shape[1]
     return Agreement(math.sqrt(1 + ratio), min(islands / max(ratio, 1e-300), float(n)))
 

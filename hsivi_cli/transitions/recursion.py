@@ -90,7 +90,7 @@ class _Inputs:
 
     def __init__(self, *tensors: Tensor) -> None:
         self.start, self.rho, self.noise, *numbers, self.mean, log_scale = (t.detach().numpy() for t in tensors)
-        self.shapes = [number.shape for number in numbers]
+        self.sizes = [len(number) for number in numbers]
         self.keep, self.spread, self.before, self.stride, self.after, self.betas = numbers
         self.scale, self.precision = np.exp(log_scale), np.exp(-2 * log_scale)
         self.shares = 1 - self.betas

@@ -146,6 +146,13 @@ def test_sbc_is_reported(table, capsys):
     assert found["passed"] is True
 
 
+def test_the_registry_and_the_choices_agree():
+    from hsivi_cli.cli.fit_posterior import METHODS
+    from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS
+
+    assert set(METHODS) == {"auto", *POSTERIOR_METHODS}
+
+
 def test_bad_input(table, tmp_path, capsys):
     taken = tmp_path / "taken.csv"
     taken.touch()

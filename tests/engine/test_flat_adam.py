@@ -17,8 +17,8 @@ def loss(made):
 
 def test_agrees_with_torch_and_scales_rates():
     ours, theirs = parameters(), parameters()
-    optimiser = FlatAdam(ours, [1.0, 10.0, 1.0])
-    peer = torch.optim.Adam([{"params": [theirs[0], theirs[2]], "lr": 1e-2}, {"params": [theirs[1]], "lr": 1e-1}])
+    optimiser = FlatAdam([(ours[:2], 1.0), (ours[2:], 10.0)])
+    peer = torch.optim.Adam([{"params": theirs[:2], "lr": 1e-2}, {"params": theirs[2:], "lr": 1e-1}])
     for _ in range(20):
         optimiser.ascend(flatten(torch.autograd.grad(-loss(ours), ours)), 1e-2)
         peer.zero_grad()
@@ -30,7 +30,7 @@ def test_agrees_with_torch_and_scales_rates():
 
 def test_resumes_where_it_was():
     ours, again = parameters(), parameters()
-    first, second = FlatAdam(ours, [1.0] * 3), FlatAdam(again, [1.0] * 3)
+    first, second = FlatAdam([(ours, 1.0)]), FlatAdam([(again, 1.0)])
     gradient = torch.randn(11).double()
     first.ascend(gradient, 0.1)
     second.load_state_dict(first.state_dict())

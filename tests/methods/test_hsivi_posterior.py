@@ -120,7 +120,16 @@ def test_critic_step_leaves_q_and_chain_step_leaves_the_critics():
 
 def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
     # One layer, mean W y + b by a network without hidden layers, and the critic put in closed form
-    state = make(hsivi_sm_posterior, layers=1, hidden=(), critic_hidden=(), batch=200_000, base_dim=2, anneal=0.0)
+    state = make(
+        hsivi_sm_posterior,
+        layers=1,
+        hidden=(),
+        critic_hidden=(),
+        batch=200_000,
+        base_dim=2,
+        anneal=0.0,
+        divergence="fisher",
+    )
     layer = state.chain.layers[0]
     with torch.no_grad():
         layer.net[0].weight.copy_(torch.tensor([[0.2, -0.3], [0.1, 0.4]], dtype=F64))
@@ -260,3 +269,11 @@ def test_a_target_that_is_nan_stops_the_run():
     broken = Density("broken", 2, lambda z: z.sum(1) * float("nan"))
     with pytest.raises(RunError, match="diverged"):
         advance(hsivi_lb, make(hsivi_lb, broken), 1)
+
+
+def test_a_chain_that_outruns_its_critic_stops_the_run():
+    state = make(hsivi_sm_posterior)
+    with torch.no_grad():
+        state.chain.layer(0).net[-1].bias.fill_(1e5)
+    with pytest.raises(RunError, match="ran ahead"):
+        advance(hsivi_sm_posterior, state, 1)

@@ -11,8 +11,10 @@ from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import smooth_weights
+from hsivi_cli.io.draws import Draws
+from hsivi_cli.methods import posterior as posterior_module
 from hsivi_cli.methods.gaussian_vi import GaussianFit
-from hsivi_cli.methods.heavy_tails import best_degrees, student_t_draws, student_t_log_prob
+from hsivi_cli.methods.heavy_tails import Pilot, best_degrees, contradiction, student_t_draws, student_t_log_prob
 from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.posterior_report import report_on
@@ -172,10 +174,119 @@ def test_heavy_tails_get_a_heavy_tailed_proposal(tmp_path):
     assert gaussian_fit.degrees == 0
 
 
+def pilots(figures):
+    even = torch.zeros(100, dtype=torch.float64)
+    some, draws = smooth_weights(even), Draws(torch.zeros(100, 2, dtype=torch.float64), even)
+    made = [Pilot(nu, draws, replace(some, khat=khat, ess=ess, log_z=log_z)) for nu, khat, ess, log_z in figures]
+    return [*made, Pilot(3, draws, replace(some, khat=0.0, ess=30.0, log_z=made[0].weights.log_z, log_z_se=0.1))]
+
+
 def test_best_degrees_prefers_even_weights_with_a_safe_tail():
-    some = smooth_weights(torch.zeros(100, dtype=torch.float64))
-    pilots = {0: (0.9, 99.0), 50: (0.6, 95.0), 20: (0.3, 80.0), 8: (0.2, 90.0), 4: (0.1, 40.0)}
-    weigh = {degrees: replace(some, khat=khat, ess=ess) for degrees, (khat, ess) in pilots.items()}
-    assert best_degrees(weigh.__getitem__)[0] == 8
-    heavy = {degrees: replace(pilot, khat=pilot.khat + 1) for degrees, pilot in weigh.items()}
-    assert best_degrees(heavy.__getitem__)[0] == 4
+    figures = [
+        (0, 0.9, 99.0, 0.0),
+        (50, 0.6, 95.0, 0.0),
+        (20, 0.3, 80.0, 0.0),
+        (8, 0.2, 90.0, 0.0),
+        (4, 0.1, 40.0, 0.0),
+    ]
+    assert best_degrees(pilots(figures)).degrees == 8
+    assert best_degrees(pilots([(nu, khat + 1, ess, z) for nu, khat, ess, z in figures])).degrees == 4
+
+
+def test_heavier_tails_that_find_more_contradict():
+    fine = [(0, 0.1, 99.0, 0.0), (4, 0.2, 60.0, 0.01)]
+    assert contradiction(pilots(fine)[0], pilots(fine)) is None
+    more = pilots([(0, 0.1, 99.0, 0.0), (4, 0.2, 60.0, 0.7)])
+    assert contradiction(more[0], more).degrees == 4
+    wild = pilots([(0, 0.1, 99.0, 0.0), (4, 0.9, 60.0, 0.0)])
+    assert contradiction(wild[0], wild).degrees == 4
+    # lighter tails than the chosen ones prove nothing
+    assert contradiction(wild[1], wild) is None
+
+
+@pytest.mark.parametrize("apart", [4.0, 6.0])
+def test_a_second_mode_far_out_is_not_missed_in_silence(apart, tmp_path):
+    def log_prob(z):
+        here = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+        there = torch.distributions.Normal(0.0, 1.0).log_prob(z - 2 * apart * torch.tensor([1.0, 0.0])).sum(1)
+        return torch.logaddexp(here, there) - math.log(2)
+
+    for seed in (0, 1):
+        fit = fit_posterior(Density("far", 2, log_prob), FitOptions(seed=seed), tmp_path)
+        posterior = draw_posterior(fit, 2000, seed)
+        share = float((posterior.values[:, 0] > apart).double().mean())
+        assert 0.3 < share < 0.7 or report_on(fit, posterior, None, seed).verdict.level != "trust"
+
+
+def skewed():
+    """Three independent log-gammas, whose means are digamma(2)."""
+    return Density("skewed", 3, lambda z: (2 * z - z.exp()).sum(1))
+
+
+def test_resampled_draws_follow_the_weights_and_their_error_is_honest(tmp_path):
+    fit = fit_posterior(skewed(), FitOptions(refine="none"), tmp_path)
+    fit.degrees, fit.route = 4, "weights"
+    truth = float(torch.digamma(torch.tensor(2.0, dtype=torch.float64)))
+    z_scores = []
+    for seed in range(12):
+        posterior = draw_posterior(fit, 800, seed)
+        report = report_on(fit, posterior, None, seed)
+        z_scores += [(row.mean - truth) / row.mcse for row in report.summary]
+        assert float(posterior.values.mean()) == pytest.approx(truth, abs=0.12)
+        assert all(row.khat is not None and row.ess <= len(posterior.weighted) for row in report.summary)
+    rms = (sum(z * z for z in z_scores) / len(z_scores)) ** 0.5
+    assert 0.7 < rms < 1.4
+
+
+def test_log_approx_is_the_density_of_the_approximation_in_the_users_coordinates(tmp_path):
+    density, mean, covariance = gaussian()
+    fit = fit_posterior(density, FitOptions(), tmp_path)
+    posterior = draw_posterior(fit, 100, 0)
+    exact = torch.distributions.MultivariateNormal(mean, covariance).log_prob(posterior.z)
+    assert torch.allclose(posterior.log_approx, exact, atol=0.05)
+    hsivi = fit_posterior(density, FitOptions(method="hsivi-lb", steps=30, layers=1, refine="none"), tmp_path / "h")
+    raw = draw_posterior(hsivi, 4000, 0)
+    # the mean of p / q under q is Z whatever the coordinates; a wrong log det of the whitening would multiply it
+    assert raw.weights.log_z == pytest.approx(LOG_Z, abs=0.5)
+    assert torch.allclose(raw.log_prob, density.log_prob(raw.z), atol=1e-9)
+
+
+def test_pilots_and_draws_share_no_random_numbers(tmp_path):
+    fit = fit_posterior(student(), FitOptions(refine="none", seed=4), tmp_path)
+    seen = []
+    run = posterior_module.NoiseStreams
+
+    def spy(seed, indices):
+        seen.append(seed)
+        return run(seed, indices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posterior_module, "NoiseStreams", spy)
+        fit_posterior(student(), FitOptions(refine="none", seed=4), tmp_path)
+        pilot_seeds, seen = set(seen), []
+        draw_posterior(fit, 100, 4)
+    assert pilot_seeds
+    assert not pilot_seeds & set(seen)
+
+
+def test_a_stuck_refinement_is_not_trusted(tmp_path):
+    fit = fit_posterior(two_bumps(), FitOptions(), tmp_path)
+    posterior = draw_posterior(fit, 1000, 0)
+    fit.modes = 1
+    stuck = replace(posterior, refined=replace(posterior.refined, memory=0.6))
+    assert report_on(fit, stuck, None, 0).verdict.level == "no"
+    apart = replace(posterior, refined=replace(posterior.refined, r_hat=1.3))
+    assert report_on(fit, apart, None, 0).verdict.level == "no"
+
+
+def test_few_tempered_draws_claim_no_more_than_they_are(tmp_path):
+    fit = fit_posterior(two_bumps(), FitOptions(), tmp_path)
+    posterior = draw_posterior(fit, 10, 0)
+    assert posterior.ess <= 10
+    assert report_on(fit, posterior, None, 0).verdict.level != "trust"
+
+
+def test_infinite_variance_lowers_the_verdict(tmp_path):
+    cauchy = Density("cauchy", 1, lambda z: -(1 + z[:, 0] ** 2).log() - math.log(math.pi))
+    fit = fit_posterior(cauchy, FitOptions(), tmp_path)
+    assert report_on(fit, draw_posterior(fit, 4000, 0), None, 0).verdict.level != "trust"
