@@ -17,11 +17,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hsivi_cli.engine import loop
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
+from hsivi_cli.methods import langevin_vi
 from hsivi_cli.methods.gaussian_start import find_start, raw_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.methods.heavy_tails import (
@@ -39,6 +40,7 @@ from hsivi_cli.targets.whiten import whiten
 
 GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
 ENOUGH = 0.25  # effective share of the pilot's draws below which auto tempers
+STAGE_LR = 0.01  # of the published stage 1
 PILOT = 2000
 PARTICLES = 4000  # of a tempered run; more draws come from further moves of these
 SUMMARY_DRAWS = 16_000  # Monte Carlo error of a 5 % quantile: about 0.02 sd
@@ -119,6 +121,8 @@ def fit_posterior(
     if fit.method == AUTO:
         _explore(fit)
     else:
+        if options.paper and fit.module is langevin_vi:
+            fit.state = _published_state(fit)
         _train(fit, directory, on_log, resume)
         fit.pilot = _weights(_raw(fit, PILOT, options.seed, PILOT_SEED))
     fit.route = _route(fit)
@@ -235,6 +239,16 @@ def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], 
     # a step takes milliseconds: checkpoints come by the clock and at the end
     config = loop.LoopConfig(steps, fit.options.seed, log_every=max(1, steps // 100), checkpoint_every=2**62)
     loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log))
+
+
+def _published_state(fit: Fit) -> Any:
+    """A fresh state whose q has been fitted first, for as many steps (Geffner & Domke 2023, stage 1)."""
+    config = fit.state.config
+    stage = replace(config, kind="vi", lr=STAGE_LR)
+    first = langevin_vi.init(fit.state.density, stage)
+    for step in range(1, stage.steps + 1):
+        langevin_vi.step(first, None, generator(fit.options.seed, Stream.INIT, step))
+    return langevin_vi.init(fit.state.density, config, *langevin_vi.reference(first))
 
 
 def _raw(fit: Fit, n: int, seed: int, purpose: int = DRAW_SEED) -> Draws:

@@ -40,13 +40,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _gaussian(options: FitOptions, density: Density) -> gaussian_vi.Config:
-    chosen = _given(steps=options.steps, lr=options.lr)
-    return gaussian_vi.Config(
-        covariance=options.covariance,  # type: ignore[arg-type]
-        seed=options.seed,
-        from_mode=not options.paper,
-        **chosen,
-    )
+    chosen: dict[str, Any] = {"covariance": options.covariance}
+    if options.paper:  # Geffner & Domke's stage 1: mean field from N(0, I), Adam at a constant rate
+        chosen = {"covariance": "mean-field", "from_mode": False, "lr": 0.01, "lr_schedule": "constant"}
+    return gaussian_vi.Config(seed=options.seed, **chosen | _given(steps=options.steps, lr=options.lr))
 
 
 def _langevin(kind: langevin_vi.Kind) -> Callable[[FitOptions, Density], langevin_vi.Config]:
@@ -58,12 +55,11 @@ def _langevin(kind: langevin_vi.Kind) -> Callable[[FitOptions, Density], langevi
     return configure
 
 
-def _hsivi(config: type) -> Callable[[FitOptions, Density], Any]:
+def _hsivi(module: Any) -> Callable[[FitOptions, Density], Any]:
     def configure(options: FitOptions, density: Density) -> Any:
-        chosen = _given(steps=options.steps, lr=options.lr, layers=options.layers)
-        if options.paper:
-            chosen["residual"] = False
-        return config(seed=options.seed, training="layerwise" if options.layerwise else "joint", **chosen)
+        chosen: dict[str, Any] = module.published_settings(density.dim) if options.paper else {}
+        chosen |= _given(steps=options.steps, lr=options.lr, layers=options.layers)
+        return module.Config(seed=options.seed, training="layerwise" if options.layerwise else "joint", **chosen)
 
     return configure
 
@@ -74,8 +70,8 @@ _LAYERED = frozenset({"steps", "lr", "layers", "layerwise"})
 POSTERIOR_METHODS: dict[str, PosteriorMethod] = {
     "vi": PosteriorMethod(gaussian_vi, _gaussian, frozenset({"steps", "lr", "covariance"}), whitened=False),
     **{kind: PosteriorMethod(langevin_vi, _langevin(kind), _PATH) for kind in langevin_vi.KINDS if kind != "vi"},
-    "hsivi-lb": PosteriorMethod(hsivi_lb, _hsivi(hsivi_lb.Config), _LAYERED),
-    "hsivi-sm": PosteriorMethod(hsivi_sm_posterior, _hsivi(hsivi_sm_posterior.Config), _LAYERED),
+    "hsivi-lb": PosteriorMethod(hsivi_lb, _hsivi(hsivi_lb), _LAYERED),
+    "hsivi-sm": PosteriorMethod(hsivi_sm_posterior, _hsivi(hsivi_sm_posterior), _LAYERED),
 }
 _FLAGS = {"steps": None, "lr": None, "bridges": None, "layers": None, "layerwise": False, "covariance": "full-rank"}
 

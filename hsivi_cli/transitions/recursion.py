@@ -80,7 +80,7 @@ def run_recursion(
     at `last_z`, has no graph.
     """
     reference, parameters = bridge.reference, tuple(control.parameters()) if control is not None else ()
-    tensors = (start, rho, noise, moves.keep, moves.spread, moves.before, moves.stride, moves.after)
+    tensors: tuple[Tensor, ...] = (start, rho, noise, moves.keep, moves.spread, moves.before, moves.stride, moves.after)
     tensors += (bridge.betas, reference.mean, reference.log_scale)
     return Path(*_Recursion.apply(bridge.linearise, control, *tensors, *parameters))
 
@@ -206,7 +206,7 @@ class _Recursion(torch.autograd.Function):
         bar_betas = at.before * h_contrast + at.after * rho_contrast
         found = (bar_keep, bar_spread, bar_before, _dot(bar_next, run.h), bar_after, bar_betas)
         sized = [
-            bar.sum(0, keepdims=True) if shape[0] == 1 else bar for bar, shape in zip(found, at.shapes, strict=True)
+            bar if len(bar) == size else bar.sum(0, keepdims=True) for bar, size in zip(found, at.sizes, strict=True)
         ]
         bar_inputs = (bar_z * at.scale, outer_rho[0] + at.keep[0] * bar_h[0], at.spread * bar_fresh)
         bar_tensors = (*bar_inputs, *sized, bar_mean, bar_log_scale)
