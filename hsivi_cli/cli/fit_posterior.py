@@ -113,6 +113,8 @@ def fit_posterior(
     if example == "list":
         _list_examples(as_json)
         return
+    if formula is not None and not formula.strip():
+        raise InputError('--formula is empty: write one, as "y ~ x", or leave it out for the last column on all others')
     options.check_choice("--method", method, METHODS)
     options.check_choice("--covariance", covariance, ("full-rank", "mean-field"))
     options.check_choice("--refine", refine, ("auto", "none", "hmc", "smc"))
@@ -151,10 +153,13 @@ def fit_posterior(
         table = read_source(source)
         density = open_density(source, table)
         for fact in density.facts:
-            console.story(fact)
+            if not ("second derivatives" in fact and method in ("auto", "vi", "hsivi-lb", "hsivi-sm")):
+                console.story(fact)
         with fit_directory(save, source, table, settings, draws, resume) as directory:
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
+            if posterior_fit.route != "weights":
+                console.story("moving draws by HMC until they forget their start: seconds to minutes")
             total = max(draws, affordable_draws(density, 0, SUMMARY_DRAWS))
             posterior = draw_posterior(posterior_fit, total, seed)
             report = report_on(posterior_fit, posterior, calibration, seed)
@@ -189,7 +194,7 @@ def show(
     else:
         _print(report)
     if report.verdict.level == "no":
-        raise GateError(report.verdict.line)
+        raise GateError("do not use these draws" if stream is None else report.verdict.line)
     if stream is not None:
         console.story(report.verdict.line)
 
@@ -246,7 +251,9 @@ def _print(report: "PosteriorReport") -> None:
     console.result_line("")
     facts = []
     if report.khat is not None:
-        facts.append(f"k-hat {report.khat:.2f}")
+        facts.append(
+            f"k-hat {report.khat:.2f}" + (f" of {report.method} before moves" if report.route != "weights" else "")
+        )
     if report.elbo is not None:
         facts.append(f"ELBO {report.elbo:.3f} ({report.elbo_se:.2g})")
     if report.log_z is not None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from hsivi_cli.cli import console, options
 from hsivi_cli.cli.fit_posterior import show
-from hsivi_cli.errors import InputError
 
-DEFAULT_DRAWS = 4000
+DEFAULT_DRAWS, JUDGED = 4000, 1000
 
 
 def sample_fit(
@@ -19,12 +18,11 @@ def sample_fit(
     from hsivi_cli.methods.posterior_store import load_fit
 
     count = DEFAULT_DRAWS if n is None else n
-    if count < 10:
-        raise InputError(f"-n {count} is too few posterior draws to judge: ask for 10 or more")
     options.resolve_device("cpu", threads)
     destination = open_draws(out, None, force) if out else None
     with console.guarded_stdout():
         fit = load_fit(path, model)
-        posterior = draw_posterior(fit, count, seed)
+        # fewer could not be judged; only those asked for are written
+        posterior = draw_posterior(fit, max(count, JUDGED), seed)
         report = report_on(fit, posterior, None, seed)
     show(report, posterior, count, destination, as_json, {"out": out, "fit": str(path)})

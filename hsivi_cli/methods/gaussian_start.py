@@ -11,8 +11,8 @@ from hsivi_cli.methods.laplace import Mode, climb, find_mode, gaussian_at, hessi
 from hsivi_cli.targets.density import Density
 
 SEARCHED = 30  # dimensions up to which wide climbs pay: beyond, no random start is near another mode
-WIDE_STARTS = 8
-FAR = 5.0  # standard deviations of the mode from which these climb
+FAR = (5.0, 20.0)  # standard deviations of the mode from which wide climbs start
+PAIRS = 3  # at each of these distances
 NEGLIGIBLE = math.log(1e-4)  # of the highest mode's mass
 
 
@@ -44,9 +44,9 @@ def raw_start(dim: int) -> GaussianFit:
 def _wide_climbs(density: Density, mode: Mode, seed: int) -> list[Float64[Tensor, " d"]]:
     """Summits above points far around the mode, in mirrored pairs."""
     generator = torch.Generator().manual_seed(seed)
-    u = torch.randn(WIDE_STARTS // 2, density.dim, generator=generator, dtype=torch.float64)
+    u = torch.cat([far * torch.randn(PAIRS, density.dim, generator=generator, dtype=torch.float64) for far in FAR])
     summits = []
-    for start in mode.location + FAR * torch.cat([u, -u]) @ mode.scale_tril.T:
+    for start in mode.location + torch.cat([u, -u]) @ mode.scale_tril.T:
         if bool(density.log_prob(start[None]).isfinite().all()):
             summit = climb(density, start)
             if summit.converged and bool(summit.z.isfinite().all()):

@@ -57,7 +57,7 @@ def check_model(model: "Model", name: str) -> Report:
         _check_values(model, name, z)
         _check_gradients(model, name, z[1:3])
         width, pointwise = _check_observations(model, name, z)
-        facts = []
+        facts = _check_dependence(model, name, z)
         vmap, reason = _try_vmap(model, z)
         if not vmap:
             facts.append(f"{name} is evaluated draw by draw, slowly: torch.func.vmap cannot batch it ({reason})")
@@ -173,6 +173,15 @@ def _check_gradients(model: "Model", name: str, z: Float[Tensor, "n d"]) -> None
         blamed = [key for key, count in wrong.items() if count == len(z)]
         if blamed:
             raise InputError(f"{name}: {what} is not differentiable in {blamed[0]!r}: {CUT}")
+
+
+def _check_dependence(model: "Model", name: str, z: Float[Tensor, "n d"]) -> list[str]:
+    """A line to print where the data say nothing: a likelihood that forgets its parameters is a common slip."""
+    parameters = tuple(model.parameters)
+    found = torch.stack([as_scalar(model.likelihood_term(single_draw(point, parameters)[0])).detach() for point in z])
+    if bool((found - found[0]).abs().max() > 1e-12 * (1 + found[0].abs())):
+        return []
+    return [f"{name}: log_likelihood is the same at every point tried, so the posterior is the prior: is that meant?"]
 
 
 def _check_observations(model: "Model", name: str, z: Float[Tensor, "n d"]) -> tuple[int, bool]:

@@ -97,6 +97,9 @@ def test_saved_fits_draw_more(table, tmp_path, capsys):
     assert main(["sample", str(fit), "-n", "3000", "--seed", "9", "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["draws"] == 3000
     assert pd.read_csv(out)["x"].mean() == pytest.approx(mean, abs=0.02)
+    assert main(["sample", str(fit), "-n", "5", "--out", str(tmp_path / "few.csv")]) == 0
+    assert len(pd.read_csv(tmp_path / "few.csv")) == 5
+    capsys.readouterr()
     assert main(["inspect", str(fit), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "posterior fit"
     fails(capsys, "exists already", table, "--formula", "y ~ x", "--save", fit)
@@ -166,6 +169,7 @@ def test_bad_input(table, tmp_path, capsys):
     fails(capsys, "exists already", table, "--out", taken)
     fails(capsys, "unknown extension", table, "--out", tmp_path / "a.doc")
     fails(capsys, "--resume needs", table, "--resume")
+    fails(capsys, "--formula is empty", table, "--formula", " ")
     fails(capsys, "z9", table, "--formula", "y ~ z9")
     fails(capsys, "no example", "--example", "nine-schools")
     fails(capsys, "flat", table, "--formula", "y ~ x", "--prior", "b=flat", "--sbc", "5")

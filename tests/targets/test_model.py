@@ -271,3 +271,12 @@ def fails_far_out(p):
 def test_the_package_offers_model_without_importing_torch():
     script = "import sys, hsivi_cli; assert 'torch' not in sys.modules; from hsivi_cli import Model; Model"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_likelihood_that_forgets_its_parameters_is_mentioned():
+    def posterior(log_likelihood):
+        normal = torch.distributions.Normal(0.0, 1.0)
+        return density_of(Model([Parameter("mu")], lambda p: normal.log_prob(p["mu"]), log_likelihood))
+
+    assert any("posterior is the prior" in fact for fact in posterior(lambda p: torch.tensor(3.0)).facts)
+    assert not any("posterior is the prior" in fact for fact in posterior(lambda p: -((p["mu"] - 1) ** 2)).facts)
