@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Config:
     bridges: int = 8
     steps: int = 5000
     samples_per_step: int = 5
-    lr: float = 1e-3
+    lr: float = 3e-3
     lr_schedule: ScheduleName = "cosine"
     scalar_lr: float = 10.0
     initial_step: float | None = None
@@ -94,7 +95,7 @@ class State:
     """Parameters as they are stored, the network, Adam, and how the run is doing.
 
     `dropped` counts draws without a finite weight, `idle` the steps in a row without a usable gradient, `norm` is the
-    running average of the gradient's norm (0 before the first step).
+    running average of the gradient's norm and `elbo` the last estimate (0 before the first step).
     """
 
     step: int
@@ -107,6 +108,7 @@ class State:
     dropped: int = 0
     idle: int = 0
     norm: float = 0.0
+    elbo: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def weigh(
         z = at.reference.draw(start)
         log_prob = density.log_prob(z)
         return z, log_prob, log_prob - log_start
-    bridge = geometric_bridge(at.reference, density.gradient, at.betas, getattr(density, "linearise", None))
+    bridge = geometric_bridge(at.reference, density.gradient, at.betas, density.linearise)
     if kind == "cmcd":
         assert network is not None
         walk = controlled_walk(start, bridge, at.step, others, network)
@@ -243,6 +245,7 @@ def known_gradient(
     return _KnownGradient.apply(z, value, gradient.detach())
 
 
+@np.errstate(all="ignore")  # a draw that runs away is counted, not reported by numpy
 def step(state: State, batch: None, generator: torch.Generator) -> dict[str, float]:
     """One Adam step on the mean of `log w` over `samples_per_step` walks; the method needs no data, `batch` is None.
 
@@ -262,13 +265,18 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
         if kept:  # a bad row makes every gradient NaN, so the others walk again without it
             elbo = weigh(state, noise[:, finite])[2].mean()
     norm = ascend(state, elbo) if kept else math.nan
-    state.idle = 0 if math.isfinite(norm) else state.idle + 1
+    usable = math.isfinite(norm)
+    state.idle = 0 if usable else state.idle + 1
     if state.idle >= PATIENCE:
         raise RunError(
             f"diverged: {PATIENCE} steps without a finite gradient up to step {state.step}; use a lower --lr, "
             "or check the model where its parameters are large"
         )
-    return {"elbo": elbo.item(), "gradient_norm": norm, "dropped": float(config.samples_per_step - kept)}
+    if usable:
+        state.elbo = elbo.item()
+    # a step that changed nothing reports the last one that did: the loop takes a metric that is not finite for the end
+    dropped = float(config.samples_per_step - kept)
+    return {"elbo": state.elbo, "gradient_norm": norm if usable else 0.0, "dropped": dropped}
 
 
 def ascend(state: State, elbo: Float[Tensor, ""]) -> float:
@@ -311,6 +319,7 @@ def reference(state: State) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
 
 
 @torch.no_grad()
+@np.errstate(all="ignore")
 def sample(state: State, noise: NoiseStreams) -> Draws:
     """One walk a noise stream: its last state and its unbiased weight."""
     config, dim = state.config, state.density.dim
@@ -328,6 +337,7 @@ def state_dict(state: State) -> dict[str, Any]:
         "dropped": state.dropped,
         "idle": state.idle,
         "norm": state.norm,
+        "elbo": state.elbo,
         "parameters": {name: parameter.data for name, parameter in state.parameters.items()},
         "network": dict(state.network.state_dict()) if state.network else {},
         "optimiser": state.optimiser.state_dict(),
@@ -336,7 +346,8 @@ def state_dict(state: State) -> dict[str, Any]:
 
 def load_state_dict(state: State, tree: dict[str, Any]) -> None:
     """Restore a run, in place."""
-    state.step, state.dropped, state.idle, state.norm = (tree[name] for name in ("step", "dropped", "idle", "norm"))
+    for name in ("step", "dropped", "idle", "norm", "elbo"):
+        setattr(state, name, tree[name])
     for name, parameter in state.parameters.items():
         parameter.data.copy_(tree["parameters"][name])
     if state.network:

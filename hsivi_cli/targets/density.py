@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 Batch = Float[Tensor, "n d"]
+Linearised = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Density:
     integral is the evidence. `gradient(z)` maps (n, d) to (n, d) and can itself be differentiated; leave it out to have
     it from autograd. `constrain(z)` names what the user sees: {"beta": (n, 3), "sigma": (n,)}. `facts` are lines to
     print (priors, guesses). `log_z` and `reference` are known truths of named examples: the log evidence, and a
-    sampler of exact draws.
+    sampler of exact draws. `linearise(z)`, where given, is the gradient at the rows of an array and the product
+    `v -> H v` with the Hessian there, as new arrays: what the adjoint of a Langevin path is fastest with.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Density:
     log_z: float | None = None
     exact_draws: Callable[[int, torch.Generator], Batch] | None = None
     initial: Float[Tensor, " d"] | None = field(default=None)
+    linearise: Callable[[np.ndarray], Linearised] | None = None
 
     def gradient(self, z: Batch) -> Batch:
         """Gradient of `log_prob` at each row; differentiable once more where `z` asks for gradients."""

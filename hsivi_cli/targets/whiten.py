@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.density import Batch, Density, Predictive
+from hsivi_cli.targets.density import Batch, Density, Linearised, Predictive
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def whiten(
         log_prob=lambda u: density.log_prob(affine.forward(u)) + log_det,
         constrain=lambda u: density.constrain(affine.forward(u)),
         analytic_gradient=_pulled_back(density.analytic_gradient, affine),
+        linearise=_linearised(density.linearise, affine),
         predictive=None if density.predictive is None else _transported(density.predictive, affine),
         exact_draws=None if exact_draws is None else lambda n, generator: affine.inverse(exact_draws(n, generator)),
         initial=None if density.initial is None else affine.inverse(density.initial.double()[None])[0],
@@ -67,6 +69,24 @@ def _pulled_back(gradient: Callable[[Batch], Batch] | None, affine: Affine) -> C
     if gradient is None:
         return None
     return lambda u: affine.pull_back(gradient(affine.forward(u)))
+
+
+def _linearised(
+    linearise: Callable[[np.ndarray], Linearised] | None, affine: Affine
+) -> Callable[[np.ndarray], Linearised] | None:
+    """Gradient and Hessian products in u: `scale^T g` and `scale^T H scale v`."""
+    if linearise is None:
+        return None
+    inner = linearise
+    location = affine.location.numpy()
+    scale = affine.scale.numpy() if affine.scale.ndim == 2 else np.diag(affine.scale.numpy())
+    forward = np.ascontiguousarray(scale.T)
+
+    def whitened(u: np.ndarray) -> Linearised:
+        gradient, product = inner(location + u @ forward)
+        return gradient @ scale, lambda v: product(v @ forward) @ scale
+
+    return whitened
 
 
 def _transported(predictive: Predictive, affine: Affine) -> Predictive:

@@ -79,14 +79,14 @@ def test_gradient_of_the_bound_is_its_slope(kind):
         assert (gradient * direction).sum().item() == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", WALKING)
+@pytest.mark.parametrize("kind", ["mcd", "uha", "ldvi", "cmcd"])
 def test_training_beats_mean_field_and_stays_below_the_evidence(kind):
     density = correlated_gaussian()
     mean_field = langevin_vi.init(density, Config("vi", steps=400, lr=0.02))
     run(mean_field, 400)
-    config = Config(kind, bridges=4, steps=300, lr=3e-3, initial_step=0.02 if kind in OVERDAMPED else 0.2)
+    config = Config(kind, bridges=4, steps=200, lr=5e-3, initial_step=0.02 if kind in OVERDAMPED else 0.2)
     state = langevin_vi.init(density, config, *langevin_vi.reference(mean_field))
-    run(state, 300)
+    run(state, 200)
     (before, _), (after, error) = elbo(mean_field), elbo(state)
     exact = 0.5 * (torch.linalg.inv(MIXING @ MIXING.T).diagonal().log().sum() + 2 * MIXING.diagonal().log().sum())
     assert before == pytest.approx(LOG_Z - exact.item(), abs=0.03)
@@ -179,6 +179,7 @@ def test_bad_draws_are_left_out_and_counted(kind):
     assert sum(record["dropped"] for record in records) == state.dropped > 0
     assert all(math.isfinite(record["elbo"]) for record in records)
     assert all(parameter.isfinite().all() for parameter in state.trained)
+    assert langevin_vi.state_dict(state)["dropped"] == state.dropped
 
 
 def test_a_density_that_is_never_finite_ends_the_run():

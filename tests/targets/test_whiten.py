@@ -123,3 +123,26 @@ def test_what_is_absent_stays_absent():
 def test_impossible_maps_are_refused(location, scale):
     with pytest.raises(InputError, match="whiten"):
         whiten(model(), location, scale)
+
+
+def test_linearised_gradients_are_the_gradient_and_the_hessian_in_both_coordinates():
+    from hsivi_cli.targets.examples.logistic import logistic_density
+
+    draws = torch.Generator().manual_seed(0)
+    design = torch.randn(30, 4, generator=draws, dtype=torch.float64)
+    y = (torch.rand(30, generator=draws) < 0.4).double()
+    density = logistic_density(design, y)
+    scale = torch.randn(4, 4, generator=draws, dtype=torch.float64).tril() + 3 * torch.eye(4, dtype=torch.float64)
+    for target in (
+        density,
+        whiten(density, torch.ones(4, dtype=torch.float64), scale),
+        whiten(density, y[:4], y[:4] + 2),
+    ):
+        z = 0.3 * torch.randn(5, 4, generator=draws, dtype=torch.float64)
+        v = torch.randn(5, 4, generator=draws, dtype=torch.float64)
+        gradient, product = target.linearise(z.numpy())
+        point = z.clone().requires_grad_(True)
+        exact = torch.autograd.grad(target.log_prob(point).sum(), point, create_graph=True)[0]
+        turned = torch.autograd.grad((exact * v).sum(), point)[0]
+        assert torch.allclose(torch.from_numpy(gradient), exact.detach(), atol=1e-10)
+        assert torch.allclose(torch.from_numpy(product(v.numpy())), turned, atol=1e-10)

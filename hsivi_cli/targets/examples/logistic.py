@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.density import Batch, Density, Predictive
+from hsivi_cli.targets.density import Batch, Density, Linearised, Predictive
 from hsivi_cli.targets.examples.common import LOG_2PI, numeric_column, rand, randn
 
 
@@ -66,6 +67,13 @@ def logistic_density(design: Float[Tensor, "N d"], y: Float[Tensor, " N"], facts
     def gradient(w: Batch) -> Batch:
         return (y - torch.sigmoid(w @ design.T)) @ design - w
 
+    rows, columns = design.numpy(), np.ascontiguousarray(design.numpy().T)
+
+    def linearise(w: np.ndarray) -> Linearised:
+        t = 0.5 * np.tanh(w @ (0.5 * columns))  # sigmoid less one half
+        variance = 0.25 - t * t
+        return (y.numpy() - 0.5 - t) @ rows - w, lambda v: -((v @ columns) * variance) @ rows - v
+
     def simulate(w: Batch, generator: torch.Generator) -> Float[Tensor, "n N"]:
         return (rand(len(w), len(y), generator=generator) < torch.sigmoid(w @ design.T)).double()
 
@@ -83,4 +91,5 @@ def logistic_density(design: Float[Tensor, "N d"], y: Float[Tensor, " N"], facts
             lambda response: logistic_density(design, response, facts),
         ),
         facts,
+        linearise=linearise,
     )
