@@ -7,7 +7,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian
-from hsivi_cli.methods.laplace import Mode, climb, find_mode, gaussian_at, hessian_at, require_proper
+from hsivi_cli.methods.laplace import Mode, climb_all, find_mode, gaussian_at, hessian_at, require_proper
 from hsivi_cli.targets.density import Density
 
 SEARCHED = 30  # dimensions up to which wide climbs pay: beyond, no random start is near another mode
@@ -45,13 +45,12 @@ def _wide_climbs(density: Density, mode: Mode, seed: int) -> list[Float64[Tensor
     """Summits above points far around the mode, in mirrored pairs."""
     generator = torch.Generator().manual_seed(seed)
     u = torch.cat([far * torch.randn(PAIRS, density.dim, generator=generator, dtype=torch.float64) for far in FAR])
-    summits = []
-    for start in mode.location + torch.cat([u, -u]) @ mode.scale_tril.T:
-        if bool(density.log_prob(start[None]).isfinite().all()):
-            summit = climb(density, start)
-            if summit.converged and bool(summit.z.isfinite().all()):
-                summits.append(summit.z)
-    return summits
+    starts = mode.location + torch.cat([u, -u]) @ mode.scale_tril.T
+    starts = starts[density.log_prob(starts).isfinite()]
+    if not len(starts):
+        return []
+    summits = climb_all(density, starts)
+    return [summit.z for summit in summits if summit.converged and bool(summit.z.isfinite().all())]
 
 
 def _bumps(

@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.methods.ascent import ascend
 from hsivi_cli.targets.density import Density
 
 Kind = Literal["mode", "unbounded", "improper"]
@@ -159,9 +159,10 @@ def _best_summits(
     points += list(2 * noise + points[0])
     if _responses(density) * density.dim > LARGE:
         points = points[:1]
-    summits = [climb(density, point) for point in points if bool(density.log_prob(point[None]).isfinite().all())]
-    if not summits:
+    finite = [point for point in points if bool(density.log_prob(point[None]).isfinite().all())]
+    if not finite:
         raise InputError(f"the log density of {density.name} is finite at none of {len(points)} starting points")
+    summits = climb_all(density, torch.stack(finite))
     # a climb that has not converged may have run away to any height, so it counts only where none has
     summits.sort(key=lambda summit: (summit.converged, summit.log_prob), reverse=True)
     return (
@@ -172,37 +173,27 @@ def _best_summits(
     )
 
 
-def climb(density: Density, start: Tensor, rounds: int = 4) -> Summit:
-    """The summit above one point: L-BFGS, cheap far away, and Newton, exact near it whatever the units, in turn."""
-    z = start
+def climb_all(density: Density, starts: Float[Tensor, "m d"], rounds: int = 4) -> list[Summit]:
+    """The summit above each point: L-BFGS, cheap far away, and Newton, exact near it whatever the units, in turn."""
+    at, open_climbs = list(starts), list(range(len(starts)))
+    summits: dict[int, Summit] = {}
     for _ in range(rounds):
-        z = _lbfgs(density, z)
-        summit = _newton(density, z)
-        if summit.converged or abs(summit.log_prob) > RUNAWAY:
+        tops = ascend(density, torch.stack([at[i] for i in open_climbs]))
+        for i, top in zip(open_climbs, tops, strict=True):
+            known = [summit for summit in summits.values() if summit.converged and _on(top, summit)]
+            summits[i] = known[0] if known else _newton(density, top)
+            at[i] = summits[i].z
+        # a density that rises for ever is given up
+        open_climbs = [i for i in open_climbs if not (summits[i].converged or abs(summits[i].log_prob) > RUNAWAY)]
+        if not open_climbs:
             break
-        z = summit.z
-    return summit
+    return [summits[i] for i in range(len(starts))]
 
 
-def _lbfgs(density: Density, start: Tensor, iterations: int = 200) -> Tensor:
-    import scipy.optimize
-
-    best_value, best = math.inf, start
-
-    def fall(x: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best_value, best
-        z = torch.from_numpy(x.copy())[None]
-        with torch.no_grad():
-            value, gradient = -float(density.log_prob(z)), -density.gradient(z)[0]
-        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
-            return 1e100, np.zeros_like(x)
-        if value < best_value:
-            best_value, best = value, z[0]
-        return value, gradient.double().numpy()
-
-    options = {"maxiter": iterations, "maxfun": 3 * iterations, "maxcor": 20, "gtol": 1e-7, "ftol": 1e-13}
-    scipy.optimize.minimize(fall, start.numpy(), jac=True, method="L-BFGS-B", options=options)
-    return best
+def _on(z: Tensor, summit: Summit) -> bool:
+    """Whether a point is so near a summit, a tenth of a standard deviation, that no other one can be above it."""
+    offset = z - summit.z
+    return 0.0 <= float(-offset @ summit.hessian @ offset) < 0.01
 
 
 def _newton(density: Density, z: Tensor, iterations: int = 30) -> Summit:

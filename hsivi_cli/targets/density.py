@@ -65,6 +65,17 @@ class Density:
             point = z if z.requires_grad else z.detach().requires_grad_(True)
             return torch.autograd.grad(self.log_prob(point).sum(), point, create_graph=graph)[0]
 
+    def value_and_gradient(self, z: Batch) -> tuple[Float[Tensor, " n"], Batch]:
+        """`log_prob` and its gradient at each row, detached; autograd needs one evaluation for both."""
+        if self.analytic_gradient is not None:
+            with torch.no_grad():
+                return self.log_prob(z), self.analytic_gradient(z)
+        with torch.enable_grad():
+            point = z.detach().requires_grad_(True)
+            value = self.log_prob(point)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        return value.detach(), gradient
+
 
 def column_names(values: dict[str, Float[Tensor, "n ..."]]) -> list[str]:
     """Stan's names of every scalar, as `beta[1]`, `Sigma[2,1]`, `sigma`, in the order of `flatten_values`."""
