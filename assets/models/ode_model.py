@@ -40,7 +40,8 @@ def model(data):
         return BOYS * torch.exp(torch.stack(days))
 
     def counts(p):
-        return NegativeBinomial(1 / p.phi_inv, logits=torch.log(infected(p) * p.phi_inv))
+        phi_inv = p.phi_inv + 1e-8  # below that it is Poisson, and the log gammas of 1 / phi_inv lose their digits
+        return NegativeBinomial(1 / phi_inv, logits=torch.log(infected(p) * phi_inv))
 
     return Model(
         parameters=[Parameter(name, support="positive") for name in priors],

@@ -22,6 +22,12 @@ from hsivi_cli.targets.supports import Parameter, Params, constrain_all, unconst
 
 __all__ = ["Model", "Parameter", "density_of"]
 
+OUT_OF_RANGE = (
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+    ArithmeticError,
+    ValueError,
+)
+"""What a model raises where its arithmetic breaks down; Stan, too, takes such points as impossible."""
 CHUNK_ENTRIES = 20_000_000
 """Draws are evaluated in chunks of about so many float64 entries, however many are asked for."""
 
@@ -105,7 +111,8 @@ def density_of(model: Model, name: str = "model", report: Report | None = None) 
 
     Without the `report` of an earlier check the model is tried at a few points first: InputError, with the line at
     fault where it is known, for what raises, has a wrong shape, is NaN, is not differentiable, or looks improper.
-    Raises RunError where the user's code raises later.
+    Where the model later raises a numerical error (a matrix that is not positive definite far from the data), the
+    density is zero there; anything else that it raises is a RunError.
     """
     report = report or check_model(model, name)
     parameters = tuple(model.parameters)
@@ -115,12 +122,25 @@ def density_of(model: Model, name: str = "model", report: Report | None = None) 
         prior, likelihood = as_scalar(model.prior_term(p)), as_scalar(model.likelihood_term(p))
         return prior + likelihood
 
-    def batched(function: Callable[[Any], Any], values: dict[str, Tensor], width: int) -> Any:
-        return run_batched(function, values, width, report.vmap, name, (model.log_prior, model.log_likelihood))
+    def total(values: dict[str, Tensor]) -> Float[Tensor, " n"]:
+        blamed, rows = (model.log_prior, model.log_likelihood), len(next(iter(values.values())))
+        try:
+            found: Tensor = run_batched(one, values, report.observations, report.vmap, name, blamed)
+            return found
+        except RunError as err:
+            if not isinstance(err.__cause__, OUT_OF_RANGE):
+                raise
+        if rows == 1:  # the sum keeps the graph, with a gradient of zero
+            return -torch.inf + 0.0 * torch.stack([value.nan_to_num().sum() for value in values.values()]).sum()[None]
+        # a batch raises as a whole: halve it until the rows at fault are alone
+        halves = [
+            {key: value[part] for key, value in values.items()} for part in (slice(rows // 2), slice(rows // 2, rows))
+        ]
+        return torch.cat([total(half) for half in halves])
 
     def log_prob(z: Batch) -> Float[Tensor, " n"]:
         values, log_jacobian = constrain_all(parameters, z)
-        return batched(one, values, report.observations) + log_jacobian
+        return total(values) + log_jacobian
 
     def constrain(z: Batch) -> dict[str, Tensor]:
         values, _ = constrain_all(parameters, z)
@@ -156,7 +176,7 @@ def run_batched(
 ) -> Any:
     """`function` of every draw, by vmap or draw by draw; `width` entries a draw decide the chunks.
 
-    Raises RunError, naming the line of the user's file, where the user's code raises.
+    Raises RunError, caused by what the user's code raised and naming the line of the user's file.
     """
     draws = len(next(iter(values.values())))
     try:

@@ -256,16 +256,43 @@ def test_missing_second_derivatives_are_told():
     assert any("second derivatives" in fact for fact in facts)
 
 
+def fails_far_out(error):
+    def likelihood(p):
+        if p.a > 5:
+            raise error("too far")
+        return log_likelihood(p)
+
+    return likelihood
+
+
 def test_failing_later_names_the_line():
-    density = density_of(make(log_likelihood=fails_far_out), "my.py")
-    with pytest.raises(RunError, match=r"my.py failed at a draw: ValueError: too far \(test_model.py, line \d+\)"):
+    density = density_of(make(log_likelihood=fails_far_out(LookupError)), "my.py")
+    with pytest.raises(RunError, match=r"my.py failed at a draw: LookupError: too far \(test_model.py, line \d+\)"):
         density.log_prob(torch.full((1, 2), 9.0, dtype=torch.float64))
 
 
-def fails_far_out(p):
-    if p.a > 5:
-        raise ValueError("too far")
-    return log_likelihood(p)
+def positive_definite_near_by(p):
+    correlation = torch.eye(2) + 0.5 * p.a * torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    return log_likelihood(p) + torch.linalg.cholesky(correlation).sum()
+
+
+@pytest.mark.parametrize("likelihood", [fails_far_out(ValueError), positive_definite_near_by], ids=["loop", "vmap"])
+def test_where_arithmetic_breaks_down_the_density_is_zero_and_only_there(likelihood):
+    density = density_of(make(log_likelihood=likelihood))
+    z = torch.zeros(7, 2, dtype=torch.float64)
+    z[:, 0] = torch.tensor([0.1, 0.2, 9.0, -0.3, 9.0, 0.0, 0.4])
+    z.requires_grad_(True)
+    value = density.log_prob(z)
+    broken = torch.tensor([False, False, True, False, True, False, False])
+    assert torch.equal(value.isfinite(), ~broken)
+    assert bool((value[broken] == -math.inf).all())
+    alone = torch.cat([density.log_prob(z[i : i + 1]) for i in range(7)])
+    torch.testing.assert_close(value, alone)
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    near = z[~broken].detach().requires_grad_(True)
+    (others,) = torch.autograd.grad(density.log_prob(near).sum(), near)
+    torch.testing.assert_close(gradient[~broken], others)
+    assert bool((gradient[broken, 0] == 0).all())
 
 
 def test_the_package_offers_model_without_importing_torch():

@@ -298,11 +298,10 @@ def test_units_of_the_data_change_the_density_by_a_constant_only():
     torch.testing.assert_close(a.constrain(z)["x"], b.constrain(z)["x"] * 1000, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+# bounded coefficients keep their own axes
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if "bounded" not in name])
 def test_coordinates_start_at_the_data_and_are_of_order_one(name):
     formula, family, priors, _ = PROGRAMS[name]
-    if "bounded" in name:
-        pytest.skip("bounded coefficients keep their own axes")
     density = regression_density(F, formula, family, priors)
     hessian = torch.autograd.functional.hessian(lambda row: density.log_prob(row[None])[0], density.initial)
     eigenvalues = torch.linalg.eigvalsh(-hessian)
