@@ -1,15 +1,12 @@
 """Posterior draws on disk: CSV in the dialect of Stan's Pathfinder, NetCDF for ArviZ, parquet, or CSV on a stream."""
 
 import csv
-import errno
 import io
 import math
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,13 @@ import numpy as np
 from jaxtyping import Float64
 
 import hsivi_cli
-from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.io.files import atomic_file
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import atomic_file, check_writable, clear_errors
 
 STREAM = "-"
 FORMATS = ("csv", "netcdf", "parquet")
 EXTENSIONS = {".csv": "csv", ".nc": "netcdf", ".netcdf": "netcdf", ".parquet": "parquet"}
 STAN_COLUMNS = ("lp_approx__", "lp__")  # log density of the approximation and of the posterior (unnormalised)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _INDEXED = re.compile(r"(?P<name>.+)\[(?P<index>\d+(?:,\d+)*)\]", re.DOTALL)
 _SLASH = "∕"  # HDF5 takes a plain one in a name for a group
 
@@ -68,13 +64,7 @@ def open_draws(out: str, format: str | None = None, force: bool = False) -> Draw
         raise InputError(f"--out {out}: unknown extension {path.suffix or '(none)'}: use {_extensions()}, or -")
     if path.exists() and not force:
         raise InputError(f"--out {out} exists already: choose another path, or replace it with --force")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {path.parent} does not exist: make it first")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as err:
-        raise InputError(f"--out {out} cannot be written ({err.strerror}): choose another path") from err
+    check_writable(out, path.parent)
     return DrawDestination(kind, path)
 
 
@@ -97,7 +87,7 @@ def write_draws(
     table = _checked(columns, values, lp_approx, lp)
     if destination.path is None:
         return csv_bytes(table)
-    with _clear_errors(destination.path), atomic_file(destination.path) as temporary:
+    with clear_errors(destination.path), atomic_file(destination.path) as temporary:
         if destination.format == "csv":
             temporary.write_bytes(csv_bytes(table))
         elif destination.format == "parquet":
@@ -227,13 +217,3 @@ def _write_netcdf(path: Path, table: DrawTable, chains: int, note: str) -> None:
 
 def _extensions() -> str:
     return ", ".join(EXTENSIONS)
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        if err.errno in _FULL:
-            raise RunError(f"the disk is full, {path} was not written: make room or choose another --out") from err
-        raise RunError(f"{path} was not written: {err.strerror or err}") from err

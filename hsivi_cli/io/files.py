@@ -1,10 +1,12 @@
 """Atomic writes, hashes and JSON: a file is the old one or the new one, never half of one; so is a directory, but for
 the moment between two renames in which it has no name."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,30 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hsivi_cli.errors import InputError, RunError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_writable(out: str, parent: Path) -> None:
+    """Raise InputError, naming `--out`, if nothing can be written into the folder `parent`."""
+    if not parent.is_dir():
+        raise InputError(f"--out {out}: the folder {parent} does not exist: make it first")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as err:
+        raise InputError(f"--out {out} cannot be written ({err.strerror}): choose another path") from err
+
+
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Raise RunError in one line where the output `path` cannot be written after all."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in DISK_FULL:
+            raise RunError(f"the disk is full, {path} was not written: make room or choose another --out") from err
+        raise RunError(f"{path} was not written: {err.strerror or err}") from err
 
 
 @contextmanager

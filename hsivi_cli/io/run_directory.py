@@ -3,7 +3,6 @@
 A run that fails before it has anything to go on from leaves nothing behind, so that the same command works again.
 """
 
-import errno
 import fcntl
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.io.files import read_json, sweep_temporaries, write_json
+from hsivi_cli.io.files import DISK_FULL, read_json, sweep_temporaries, write_json
 
 CONFIG = "config.json"
 POSTERIOR = "posterior"  # the `kind` in the configuration of a fit
@@ -23,7 +22,6 @@ REPORT = "report.json"  # what a finished fit says of itself
 LOCK = ".lock"
 ATTEMPTS = 100  # at a lock file that others remove under our hands
 _PREVIEW = re.compile(r"samples-\d+\.png")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_posterior_fit(path: Path) -> bool:
@@ -189,7 +187,7 @@ def _clear(directory: Path) -> bool:
 def _raise_helpful(err: BaseException, directory: Path, kept: bool) -> None:
     """Raise a failure again with how to go on, where it is one that the user is told in one line."""
     way_on = f"; {directory} is kept: --resume goes on with it, another --out starts afresh" if kept else ""
-    if isinstance(err, OSError) and err.errno in _FULL:
+    if isinstance(err, OSError) and err.errno in DISK_FULL:
         where = err.filename or directory
         raise RunError(f"the disk is full, {where} was not written: make room and try again{way_on}") from err
     if kept and isinstance(err, RunError):

@@ -1,13 +1,10 @@
 """Samples on disk: a PNG grid, a folder of PNGs, `.npy`, `.npz` or a stream; checked before, written in one step."""
 
-import errno
 import io
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,9 +12,9 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import UInt8
 
-from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.errors import InputError
 from hsivi_cli.io.capacity import block_size, check_disk, check_memory
-from hsivi_cli.io.files import atomic_directory, atomic_file
+from hsivi_cli.io.files import atomic_directory, atomic_file, check_writable, clear_errors
 
 STREAM = "-"
 FORMATS = {".png": "grid", ".npy": "npy", ".npz": "npz"}
@@ -26,7 +23,6 @@ GRID_PADDING = 2
 GRID_BACKGROUND = 48
 _IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _NUMBERED = re.compile(r"\d{6,}\.png")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def open_destination(out: str, channels: int, force: bool = False) -> Destinatio
     if kind in ("grid", "folder") and channels not in _IMAGE_MODES:
         raise InputError(f"--out {out}: images of {channels} channels do not fit a PNG: use .npy or .npz")
     _check_free(out, path, folder, force)
-    _check_writable(out, path.parent)
+    check_writable(out, path.parent)
     return Destination(kind, path, force)
 
 
@@ -87,7 +83,7 @@ def write_samples(
     """
     if destination.path is None:
         return npy_bytes(_whole(batches))
-    with _clear_errors(destination.path):
+    with clear_errors(destination.path):
         if destination.format == "folder":
             with atomic_directory(destination.path, overwrite=destination.force) as directory:
                 _write_folder(directory, batches)
@@ -182,23 +178,3 @@ def _check_free(out: str, path: Path, folder: bool, force: bool) -> None:
             raise InputError(f"--out {out} exists and is not empty: choose another path, or replace it with --force")
         if not all(_NUMBERED.fullmatch(file.name) for file in path.iterdir()):
             raise InputError(f"--out {out} holds other files than samples, so --force spares it: choose another path")
-
-
-def _check_writable(out: str, parent: Path) -> None:
-    if not parent.is_dir():
-        raise InputError(f"--out {out}: the folder {parent} does not exist: make it first")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as err:
-        raise InputError(f"--out {out} cannot be written ({err.strerror}): choose another path") from err
-
-
-@contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        if err.errno in _FULL:
-            raise RunError(f"the disk is full, {path} was not written: make room or choose another --out") from err
-        raise RunError(f"{path} was not written: {err.strerror or err}") from err
