@@ -1,5 +1,6 @@
 """`hsivi fit-posterior`: draws, a summary and an honest verdict, from a table and a formula or from a user's model."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.posterior_report import PosteriorReport
     from hsivi_cli.targets.density import Density
 
+SECONDS_BETWEEN_LINES = 10.0
 METHODS = (
     "auto",
     "vi",
@@ -187,6 +189,9 @@ def show(
         approx = None if posterior.log_approx is None else posterior.log_approx[:draws]
         values, log_prob = posterior.values[:draws], posterior.log_prob[:draws]
         stream = write_draws(destination, posterior.columns, values, approx, log_prob, note=note)
+    if destination is not None and destination.path is not None:
+        kept = f"{len(values)} draws written to {destination.path}"
+        console.story(kept if report.n == len(values) else f"{kept}; the summary is of {report.n}")
     if stream is not None:
         console.result_bytes(stream)
     elif as_json:
@@ -202,8 +207,13 @@ def show(
 def _fit(density: "Density", settings: "FitOptions", directory: Path, resume: bool) -> "Fit":
     from hsivi_cli.methods.posterior import fit_posterior as run
 
+    told = time.monotonic()
+
     def on_log(record: dict[str, Any]) -> None:
-        if record["step"] % max(1, record["steps"] // 10) == 0 or record["step"] == record["steps"]:
+        nonlocal told
+        tenth = record["step"] % max(1, record["steps"] // 10) == 0 or record["step"] == record["steps"]
+        if tenth or time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
             milliseconds = 1000 * record["seconds_per_step"]
             line = f"{record['method']} step {record['step']:>6}/{record['steps']}  elbo {record['elbo']:10.3f}"
             console.story(f"{line}  {milliseconds:.1f} ms/step")

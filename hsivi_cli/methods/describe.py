@@ -46,7 +46,8 @@ def describe_fit(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "posterior fit", "path": str(path), "config": read_json(path / CONFIG)}
     finished = (path / REPORT).is_file()
     facts |= {"finished": finished, "report": read_json(path / REPORT) if finished else None}
-    return facts | {"training": _progress(path)}
+    # the default method trains nothing
+    return facts | ({"training": _progress(path)} if (path / METRICS).is_file() else {})
 
 
 def describe_student(path: Path) -> dict[str, Any]:

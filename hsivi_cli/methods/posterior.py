@@ -7,6 +7,7 @@ moves. Every other method is trained, and its draws are corrected in the same tw
 
 import itertools
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from hsivi_cli.engine import loop
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
-from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import InputError, InterruptError, RunError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
@@ -44,11 +45,12 @@ STAGE_LR = 0.01  # of the published stage 1
 PILOT = 2000
 PARTICLES = 4000  # of a tempered run; more draws come from further moves of these
 SUMMARY_DRAWS = 16_000  # Monte Carlo error of a 5 % quantile: about 0.02 sd
-CHEAP = 200_000_000  # responses times draws that are evaluated without a second thought
+CHEAP = 20_000_000  # responses times draws that are evaluated without a second thought
+NEVER = 2**62  # a step takes milliseconds: checkpoints come by the clock and at the end
 AUTO = "gaussian"  # the start itself, untrained
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
 # what chooses (pilots) and what is given out must not share random numbers: the choice would flatter its own draws
-DRAW_SEED, SECOND_SEED, PILOT_SEED = 0x5EED, 0x2ED00000, 0x71107000000
+DRAW_SEED, SECOND_SEED, PILOT_SEED, STAGE_SEED = 0x5EED, 0x2ED00000, 0x71107000000, 0x57A6E000000000
 
 
 @dataclass
@@ -121,8 +123,9 @@ def fit_posterior(
     if fit.method == AUTO:
         _explore(fit)
     else:
-        if options.paper and fit.module is langevin_vi:
-            fit.state = _published_state(fit)
+        resume = resume and (directory / CHECKPOINT).is_file()
+        if options.paper and fit.module is langevin_vi and not resume:
+            fit.state = _published_state(fit, on_log)
         _train(fit, directory, on_log, resume)
         fit.pilot = _weights(_raw(fit, PILOT, options.seed, PILOT_SEED))
     fit.route = _route(fit)
@@ -153,7 +156,7 @@ def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
     weights = _weights(raw)
     if fit.route == "hmc":
         refined = refine(fit.density, raw, seed)
-        return _posterior(fit, refined.draws, min(refined.ess, float(n)), weights, refined)
+        return _moved(fit, "hmc", refined, weights)
     share = max(weights.ess / n, 1 / MOST_WALKS)
     if share < 0.9:
         raw = _raw(fit, math.ceil(n / share), seed, SECOND_SEED)
@@ -161,19 +164,32 @@ def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
     if fit.options.method == "auto" and fit.options.refine == "auto" and weights.khat > GOOD_KHAT:
         return _tempered(fit, n, seed)  # the pilot was luckier than these draws
     rows = resample(weights.log_weight, n, torch.Generator().manual_seed(seed))
-    return _posterior(fit, _taken(raw, rows), min(weights.ess, float(n)), weights, None, raw.z)
+    columns, weighted = named_values(fit.density, raw.z)
+    return Posterior(
+        columns=columns,
+        values=weighted[rows],
+        weighted=weighted,
+        z=raw.z[rows],
+        log_prob=raw.log_prob[rows],
+        log_approx=None if raw.log_approx is None else raw.log_approx[rows],
+        ess=min(weights.ess, float(n)),
+        weights=weights,
+        refined=None,
+        route="weights",
+        note=raw.note,
+    )
 
 
 def _tempered(fit: Fit, n: int, seed: int) -> Posterior:
     particles = min(max(n, 1000), PARTICLES)
     refined = tempered_smc(fit.density, fit.start, particles, seed, draws=n)
-    return _posterior(fit, refined.draws, min(refined.ess, float(n)), None, refined)
+    return _moved(fit, "smc", refined, None)
 
 
 def affordable_draws(density: Density, least: int, most: int) -> int:
     """As many draws as are evaluated in a moment: fewer where the data are many."""
     responses = 1 if density.predictive is None else len(density.predictive.observed)
-    return max(least, min(most, CHEAP // (responses * 10)))
+    return max(least, min(most, CHEAP // responses))
 
 
 def state_tree(fit: Fit) -> dict[str, Any]:
@@ -227,7 +243,7 @@ def _white(density: Density, start: GaussianFit) -> Density:
 def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], resume: bool) -> None:
     steps = fit.state.config.steps
     directory.mkdir(parents=True, exist_ok=True)
-    if resume and (directory / CHECKPOINT).is_file():
+    if resume:
         loop.resume(fit.module, fit.state, directory)
     else:
         (directory / METRICS).unlink(missing_ok=True)
@@ -236,18 +252,25 @@ def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], 
         fit.trace.append((record["step"], record["elbo"]))
         on_log(record | {"method": fit.method, "steps": steps})
 
-    # a step takes milliseconds: checkpoints come by the clock and at the end
-    config = loop.LoopConfig(steps, fit.options.seed, log_every=max(1, steps // 100), checkpoint_every=2**62)
-    loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log))
+    config = loop.LoopConfig(steps, fit.options.seed, _log_every(steps), NEVER)
+    if loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log)):
+        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
 
 
-def _published_state(fit: Fit) -> Any:
+def _log_every(steps: int) -> int:
+    return max(1, steps // 100)
+
+
+def _published_state(fit: Fit, on_log: Callable[[dict[str, Any]], None]) -> Any:
     """A fresh state whose q has been fitted first, for as many steps (Geffner & Domke 2023, stage 1)."""
     config = fit.state.config
-    stage = replace(config, kind="vi", lr=STAGE_LR)
-    first = langevin_vi.init(fit.state.density, stage)
-    for step in range(1, stage.steps + 1):
-        langevin_vi.step(first, None, generator(fit.options.seed, Stream.INIT, step))
+    first = langevin_vi.init(fit.state.density, replace(config, kind="vi", lr=STAGE_LR))
+    with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
+        settings = loop.LoopConfig(config.steps, fit.options.seed ^ STAGE_SEED, _log_every(config.steps), NEVER)
+        hooks = loop.Hooks(lambda record: on_log(record | {"method": "vi (stage 1)", "steps": config.steps}))
+        method: Any = langevin_vi
+        if loop.run_loop(method, first, settings, Path(directory), hooks):
+            raise InterruptError("interrupted after stage 1: nothing was kept of it")
     return langevin_vi.init(fit.state.density, config, *langevin_vi.reference(first))
 
 
@@ -290,37 +313,20 @@ def _route(fit: Fit) -> str:
     return "smc" if poor else "weights"
 
 
-def _taken(draws: Draws, rows: Tensor) -> Draws:
-    approx = draws.log_approx
-    return replace(
-        draws,
-        z=draws.z[rows],
-        log_prob=draws.log_prob[rows],
-        log_weight=None,
-        log_approx=None if approx is None else approx[rows],
-    )
-
-
-def _posterior(
-    fit: Fit,
-    draws: Draws,
-    ess: float,
-    weights: Smoothed | None,
-    refined: Refined | None,
-    weighted: Float64[Tensor, "N d"] | None = None,
-) -> Posterior:
-    columns, values = named_values(fit.density, draws.z)
+def _moved(fit: Fit, route: str, refined: Refined, weights: Smoothed | None) -> Posterior:
+    columns, values = named_values(fit.density, refined.draws.z)
+    draws = refined.draws
     return Posterior(
         columns=columns,
         values=values,
-        weighted=None if weighted is None else named_values(fit.density, weighted)[1],
+        weighted=None,
         z=draws.z,
         log_prob=draws.log_prob,
         log_approx=draws.log_approx,
-        ess=ess,
+        ess=min(refined.ess, float(len(values))),
         weights=weights,
         refined=refined,
-        route="weights" if refined is None else "hmc" if weights is not None else "smc",
+        route=route,
         note=draws.note,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from hsivi_cli.errors import HsiviError, InputError
+from hsivi_cli.errors import HsiviError, InputError, InterruptError
 from hsivi_cli.io.files import read_json, sha256, write_json
 from hsivi_cli.io.run_directory import CONFIG, POSTERIOR, REPORT, run_directory
 from hsivi_cli.methods.posterior import Fit, restore, state_tree
@@ -29,8 +29,11 @@ def fit_directory(
     Raises InputError as `run_directory` does: if it is occupied, or the options of a resumed run differ.
     """
     if save is None:
-        with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
-            yield Path(directory)
+        try:
+            with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
+                yield Path(directory)
+        except (InterruptError, KeyboardInterrupt) as err:
+            raise InterruptError("interrupted; nothing was kept: with --save DIR a run can go on later") from err
         return
     config = {"kind": POSTERIOR, "draws": draws, **asdict(options), "source": _source_facts(source, data)}
     try:

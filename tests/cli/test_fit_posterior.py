@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 
 from hsivi_cli.cli.app import main
 
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "models"
 MODEL = """
 import torch
 from hsivi_cli import Model, Parameter
@@ -122,6 +124,14 @@ def test_user_model_fits_and_must_be_named_again(table, tmp_path, capsys):
     assert "differs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.py")))
+def test_models_that_ship_are_fitted_and_trusted_or_nearly(name, capsys):
+    assert run(SHIPPED / f"{name}.csv", "--model", SHIPPED / f"{name}.py", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"]["level"] in ("trust", "care")
+    assert all(np.isfinite(row["mean"]) and row["sd"] > 0 for row in report["parameters"].values())
+
+
 def test_examples_and_a_plot(tmp_path, capsys):
     assert run("--example", "list") == 0
     assert "eight-schools" in capsys.readouterr().out
@@ -194,3 +204,16 @@ def test_an_interrupted_fit_resumes_where_it_was(tmp_path, capsys):
     assert run(*options, "--save", parts, "--resume") in (0, 3)
     second = json.loads(capsys.readouterr().out)
     assert first["parameters"] == second["parameters"]
+
+
+@pytest.mark.parametrize("paper", [(), ("--paper",)], ids=["stable", "paper"])
+def test_ctrl_c_without_save_says_that_nothing_was_kept(paper):
+    command = [sys.executable, "-m", "hsivi_cli", "fit-posterior", "--example", "seeds", "--method", "ula", *paper]
+    process = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if b"ms/step" in line:  # training has begun, be it of the first stage
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"nothing was kept: with --save DIR" in err
