@@ -50,7 +50,7 @@ class Trajectory:
     step: float
     leapfrogs: int
     jitter: float = 0.2
-    scale: Float[Tensor, "d d"] | Float[Tensor, " d"] | None = None
+    scale: Float[Tensor, "*b d d"] | Float[Tensor, " d"] | None = None
 
 
 def start_chains(z: Float[Tensor, "n d"], log_prob: LogProb, gradient: Gradient) -> Chains:
@@ -59,28 +59,31 @@ def start_chains(z: Float[Tensor, "n d"], log_prob: LogProb, gradient: Gradient)
 
 
 def leapfrog(
-    z: Float[Tensor, "n d"],
-    momentum: Float[Tensor, "n d"],
-    slope: Float[Tensor, "n d"],
+    z: Float[Tensor, "*b n d"],
+    momentum: Float[Tensor, "*b n d"],
+    slope: Float[Tensor, "*b n d"],
     gradient: Gradient,
-    step: Float[Tensor, "n 1"],
+    step: Float[Tensor, "*b n 1"],
     trajectory: Trajectory,
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+) -> tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]:
     """`trajectory.leapfrogs` leapfrog steps from `z`, where the gradient is `slope`; returns z, momentum and slope.
 
-    Reversible under a change of the momentum's sign, and volume preserving. A chain that leaves the finite numbers
-    comes to rest at its start with an infinite momentum, so that it is rejected and nothing downstream sees it.
+    Leading axes are clouds, each with its own steps and `trajectory.scale`. Reversible under a change of the momentum's
+    sign, and volume preserving. A chain that leaves the finite numbers comes to rest at its start with an infinite
+    momentum, so that it is rejected and nothing downstream sees it.
     """
     start, scale = z, trajectory.scale
+    ones = z.new_ones(z.shape[-1], 1)
     momentum = momentum + 0.5 * step * _pulled(slope, scale)
     for i in range(trajectory.leapfrogs):
         z = z + step * _pushed(momentum, scale)
-        finite = z.isfinite().all(1, keepdim=True)
-        z = torch.where(finite, z, start)
+        finite = (z @ ones).isfinite()  # a momentum that is no number shows here, one step later
+        lost = not bool(finite.all())
+        z = torch.where(finite, z, start) if lost else z
         slope = gradient(z)
         last = i == trajectory.leapfrogs - 1
         momentum = momentum + (0.5 if last else 1.0) * step * _pulled(slope, scale)
-        momentum = torch.where(finite & momentum.isfinite().all(1, keepdim=True), momentum, torch.inf)
+        momentum = torch.where(finite, momentum, torch.inf) if lost else momentum
     return z, momentum, slope
 
 
@@ -125,7 +128,7 @@ def adapt_step(step: float, acceptance: Float[Tensor, " n"], moves: int, target:
 def _pushed(momentum: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return momentum
-    return momentum * scale if scale.ndim == 1 else momentum @ scale.T
+    return momentum * scale if scale.ndim == 1 else momentum @ scale.mT
 
 
 def _pulled(slope: Tensor, scale: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Points = Float[Tensor, "n d"]
 
+SLACK = 1e-3  # relative surplus of the effective sample size at which a temperature is good enough
+
 
 @dataclass(frozen=True)
 class GeometricPath:
@@ -55,25 +57,60 @@ def log_mean_exp(log_weight: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
 def next_temperature(
     log_ratio: Float[Tensor, " n"], t: float, share: float, log_weight: Float[Tensor, " n"] | None = None
 ) -> float:
-    """The temperature in (t, 1] at which the effective sample size has fallen to `share` of what it is at t.
+    """`next_temperatures` of a single sampler."""
+    carried = None if log_weight is None else log_weight[None]
+    return float(next_temperatures(log_ratio[None], torch.tensor([t], dtype=torch.float64), share, carried))
 
-    `log_weight` are the weights carried at t (equal, if left out). Bisection, until the interval is below 1e-3 of the
-    step; 1 where even the target keeps `share`.
+
+def next_temperatures(
+    log_ratio: Float[Tensor, "b n"],
+    t: Float[Tensor, " b"],
+    share: float,
+    log_weight: Float[Tensor, "b n"] | None = None,
+) -> Float[Tensor, " b"]:
+    """The temperature in (t, 1] at which each row's effective sample size has fallen to `share` of what it is at t.
+
+    `log_weight` are the weights carried at t (equal, if left out). Points whose ratio is -inf die at any step, so they
+    count neither before nor after. What remains is `share` up to a thousandth above; 1 where even the target keeps
+    `share`, or nothing is left alive. Newton's method in the square of the step, in which the logarithm of the
+    effective sample size is linear for normal log ratios, and inside a bracket; rows do not see each other.
     """
     carried = torch.zeros_like(log_ratio) if log_weight is None else log_weight
-    least = share * float(effective_sample_size(carried))
+    live = (log_ratio > -math.inf) & (carried > -math.inf)
+    carried = torch.where(live, carried, -math.inf)
+    weight = (carried - carried.amax(1, keepdim=True)).exp().nan_to_num(nan=0.0)
+    ratio = torch.where(live, log_ratio, -math.inf)
+    ratio = torch.where(live, ratio - ratio.amax(1, keepdim=True), 0.0)
+    least = 2 * weight.sum(1).log() - weight.square().sum(1).log() + math.log(share)
 
-    def enough(to: float) -> bool:
-        return float(effective_sample_size(carried + (to - t) * log_ratio)) >= least
+    def surplus(step: Tensor) -> tuple[Tensor, Tensor]:
+        """Log of the effective sample size after a step, over the least one, and its slope."""
+        left = weight * (step[:, None] * ratio).exp()
+        squares = left.square()
+        total, total_square = left.sum(1), squares.sum(1)
+        slope = 2 * ((left * ratio).sum(1) / total - (squares * ratio).sum(1) / total_square)
+        return 2 * total.log() - total_square.log() - least, slope
 
-    if enough(1.0):
-        return 1.0
-    low, high = t, 1.0
-    # the step may be many orders smaller than 1, so first halve towards t
-    while high - low > 1e-3 * (high - t) and high - t > 1e-15:
-        middle = t + (high - t) / 2 if low == t else (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return low if low > t else high
+    low, high = torch.zeros_like(t), 1 - t
+    finished = (surplus(high)[0] >= 0) | ~live.any(1) | (t >= 1)
+    share_of = weight / weight.sum(1, keepdim=True)
+    centred = ratio - (share_of * ratio).sum(1, keepdim=True)
+    step = (-math.log(share) / (share_of * centred.square()).sum(1)).sqrt().nan_to_num(nan=0.5)
+    step = torch.minimum(step, 0.5 * high)
+    done = finished
+    for _ in range(100):
+        above, slope = surplus(step)
+        enough = above >= 0  # no number: the step was far too long
+        low, high = torch.where(enough & ~done, step, low), torch.where(enough | done, high, step)
+        done = done | (enough & (above < SLACK)) | (high - low <= 1e-15 * high)
+        if bool(done.all()):
+            break
+        newton = (step.square() - (above - SLACK / 2) * 2 * step / slope).clamp_min(0.0).sqrt()
+        inside = (newton > low) & (newton < high)
+        halved = torch.where(low > 0, (low * high).sqrt(), 0.1 * high)
+        step = torch.where(done, step, torch.where(inside, newton, halved))
+    reached = t + torch.where(low > 0, low, high)
+    return torch.where(finished, 1.0, torch.maximum(reached, torch.nextafter(t, torch.ones_like(t))))
 
 
 def systematic_resample(
@@ -84,10 +121,28 @@ def systematic_resample(
     Index i appears floor or ceil of `count w_i` times, that many on average (Carpenter et al. 1999).
     """
     count = log_weight.shape[-1] if count is None else count
+    return _survivors(log_weight, (torch.arange(count, dtype=torch.float64) + uniform.double()[..., None]) / count)
+
+
+def stratified_resample(log_weight: Float[Tensor, "... n"], uniform: Float[Tensor, "... m"]) -> Int[Tensor, "... m"]:
+    """Indices of m survivors along the last axis, in order, one from each m-th of the total weight (Kitagawa 1996).
+
+    Index i appears at least `floor(m w_i) - 1` and at most `ceil(m w_i) + 1` times.
+    """
+    count = uniform.shape[-1]
+    return _survivors(log_weight, (torch.arange(count, dtype=torch.float64) + uniform.double()) / count)
+
+
+def multinomial_resample(log_weight: Float[Tensor, "... n"], uniform: Float[Tensor, "... m"]) -> Int[Tensor, "... m"]:
+    """Indices of m independent draws along the last axis, each in proportion to its weight."""
+    return _survivors(log_weight, uniform.double())
+
+
+def _survivors(log_weight: Float[Tensor, "... n"], positions: Float[Tensor, "... m"]) -> Int[Tensor, "... m"]:
+    """Whose stretch of the total weight each position in [0, 1) falls into."""
     share = (log_weight.double() - log_weight.double().logsumexp(-1, keepdim=True)).exp()
     edges = share.cumsum(-1)
     edges = edges / edges[..., -1:]  # rounding must not leave the last position beyond the last edge
-    positions = (torch.arange(count, dtype=torch.float64) + uniform.double()[..., None]) / count
     return torch.searchsorted(edges, positions.clamp_max(math.nextafter(1.0, 0.0)), right=True)
 
 
