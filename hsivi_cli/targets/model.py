@@ -123,20 +123,7 @@ def density_of(model: Model, name: str = "model", report: Report | None = None) 
         return prior + likelihood
 
     def total(values: dict[str, Tensor]) -> Float[Tensor, " n"]:
-        blamed, rows = (model.log_prior, model.log_likelihood), len(next(iter(values.values())))
-        try:
-            found: Tensor = run_batched(one, values, report.observations, report.vmap, name, blamed)
-            return found
-        except RunError as err:
-            if not isinstance(err.__cause__, OUT_OF_RANGE):
-                raise
-        if rows == 1:  # the sum keeps the graph, with a gradient of zero
-            return -torch.inf + 0.0 * torch.stack([value.nan_to_num().sum() for value in values.values()]).sum()[None]
-        # a batch raises as a whole: halve it until the rows at fault are alone
-        halves = [
-            {key: value[part] for key, value in values.items()} for part in (slice(rows // 2), slice(rows // 2, rows))
-        ]
-        return torch.cat([total(half) for half in halves])
+        return log_values(one, values, report.observations, report.vmap, name, (model.log_prior, model.log_likelihood))
 
     def log_prob(z: Batch) -> Float[Tensor, " n"]:
         values, log_jacobian = constrain_all(parameters, z)
@@ -164,6 +151,30 @@ def _generated(model: Model) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]
     assert model.generated is not None
     generated = model.generated
     return lambda values: {key: as_double(value) for key, value in generated(Params(values)).items()}
+
+
+def log_values(
+    function: Callable[[dict[str, Tensor]], Tensor],
+    values: dict[str, Tensor],
+    width: int,
+    vmap: bool,
+    name: str,
+    blamed: tuple[Callable[..., Any], ...],
+) -> Float[Tensor, " n"]:
+    """`run_batched` for a log density: -inf for draws at which the user's arithmetic breaks down."""
+    rows = len(next(iter(values.values())))
+    try:
+        found: Tensor = run_batched(function, values, width, vmap, name, blamed)
+        return found
+    except RunError as err:
+        if not isinstance(err.__cause__, OUT_OF_RANGE):
+            raise
+    if rows == 1:  # the sum keeps the graph, with a gradient of zero
+        return -torch.inf + 0.0 * torch.stack([value.nan_to_num().sum() for value in values.values()]).sum()[None]
+    # a batch raises as a whole: halve it until the rows at fault are alone
+    parts = (slice(rows // 2), slice(rows // 2, rows))
+    halves = [{key: value[part] for key, value in values.items()} for part in parts]
+    return torch.cat([log_values(function, half, width, vmap, name, blamed) for half in halves])
 
 
 def run_batched(

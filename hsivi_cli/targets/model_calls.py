@@ -106,27 +106,37 @@ def call_simulate(
     return torch.stack(rows) if rows else torch.zeros(0, size, dtype=torch.float64)
 
 
-def call_sample_prior(model: "Model", n: int, generator: torch.Generator, name: str) -> dict[str, Tensor]:
+def call_sample_prior(
+    model: "Model", n: int, generator: torch.Generator, name: str, vmap: bool = False
+) -> dict[str, Tensor]:
     """`n` prior draws, every parameter (n, *shape) and inside its support. Raises RunError otherwise."""
     assert model.sample_prior is not None
-    rows = []
+    sample_prior, rows = model.sample_prior, []
+
+    def one(_: Any) -> dict[str, Tensor]:
+        return {key: as_double(value) for key, value in sample_prior(generator).items()}
+
     try:
-        with user_code(validate=False), _seeded(generator), torch.no_grad():
-            for _ in range(n):
-                rows.append({key: as_double(value) for key, value in model.sample_prior(generator).items()})
+        with user_code(validate=False), _seeded(generator), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slow rules for batches
+            if vmap:
+                rows = [torch.func.vmap(one, randomness="different")(torch.zeros(n))]
+            else:
+                rows = [one(None) for _ in range(n)]
     except Exception as err:
-        raise RunError(f"{name}: sample_prior raised {describe(err, model.sample_prior)}") from err
+        raise RunError(f"{name}: sample_prior raised {describe(err, sample_prior)}") from err
     found = {}
     for parameter in model.parameters:
         if any(parameter.name not in row for row in rows):
             raise RunError(f"{name}: sample_prior returned no {parameter.name!r}: return every parameter")
         for row in rows:
-            shape = tuple(row[parameter.name].shape)
+            shape = tuple(row[parameter.name].shape)[int(vmap) :]
             if shape != parameter.shape:
                 raise RunError(
                     f"{name}: sample_prior returned shape {shape} for {parameter.name!r}, which has {parameter.shape}"
                 )
-        found[parameter.name] = torch.stack([row[parameter.name] for row in rows])
+        drawn = [row[parameter.name] for row in rows]
+        found[parameter.name] = drawn[0] if vmap else torch.stack(drawn)
         if not bool(torch.isfinite(parameter.unconstrain(found[parameter.name])).all()):
             raise RunError(
                 f"{name}: sample_prior returned a {parameter.name!r} outside its support, {parameter.support}"

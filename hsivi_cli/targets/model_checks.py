@@ -1,5 +1,6 @@
 """A user's model tried at a few points: one clear line for whatever is wrong with it, before any fit starts."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ from hsivi_cli.targets.model_calls import (
     user_code,
 )
 from hsivi_cli.targets.model_improper import check_proper
-from hsivi_cli.targets.supports import Params, constrain_all, slices
+from hsivi_cli.targets.supports import Params, constrain_all, slices, unconstrain_all
 
 if TYPE_CHECKING:
     from hsivi_cli.targets.model import Model
 
 PROBES = 5
 """Points tried: the origin and standard normals of half the size, in the unconstrained coordinates."""
+PRIOR_TRIES = 200
+"""Prior draws looked through where the density of a probe is zero."""
 DIFFERENCE_STEP, DIFFERENCE_TOLERANCE = 1e-5, 1e-4
 CUT = "keep the calculation in torch: .item(), float(), .detach(), numpy and rounding cut the gradient"
 
@@ -54,6 +57,7 @@ def check_model(model: "Model", name: str) -> Report:
     z[0] = 0.0
     with user_code(validate=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns of here is told better below
+        z = _possible_points(model, name, z, draws)
         _check_values(model, name, z)
         _check_gradients(model, name, z[1:3])
         width, pointwise = _check_observations(model, name, z)
@@ -66,6 +70,27 @@ def check_model(model: "Model", name: str) -> Report:
         vmap_simulate = _check_draws(model, name, z, draws)
     check_proper(model, name, z[1:3], vmap)
     return Report(vmap, vmap_generated, vmap_simulate, width, pointwise, tuple(facts))
+
+
+def _possible_points(
+    model: "Model", name: str, z: Float[Tensor, "n d"], draws: torch.Generator
+) -> Float[Tensor, "n d"]:
+    """`z` with prior draws in place of the points whose density is zero: a check there would see nothing."""
+    if model.sample_prior is None:
+        return z
+    parameters = tuple(model.parameters)
+
+    def possible(point: Tensor) -> bool:
+        p, _ = single_draw(point, parameters)
+        return bool(as_scalar(model.prior_term(p)) + as_scalar(model.likelihood_term(p)) > -torch.inf)
+
+    with contextlib.suppress(Exception):  # whatever is wrong is told by the checks
+        inside = [possible(point) for point in z]
+        if not all(inside):
+            drawn = unconstrain_all(parameters, call_sample_prior(model, PRIOR_TRIES, draws, name))
+            others = iter([point for point in drawn if possible(point)])
+            return torch.stack([point if good else next(others, point) for point, good in zip(z, inside, strict=True)])
+    return z
 
 
 def _shown(p: Params) -> str:

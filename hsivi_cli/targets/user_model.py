@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,14 @@ def load_user_model(path: Path, data: Any) -> Density:
     `data` is a pandas DataFrame (CSV, parquet), the object in a `.json` file, or None. Raises InputError with one line,
     and the user's line at fault, for a file that is missing or broken, and for a model that `density_of` refuses.
     """
+    return density_of(model_maker(path)(data), Path(path).name)
+
+
+def model_maker(path: Path) -> Callable[[Any], Model]:
+    """The function `model(data)` of the file `path`, which is run once; not yet checked by `check_model`.
+
+    It and this raise InputError with one line, and the user's line at fault.
+    """
     path = Path(path)
     module = _run_file(path)
     function = getattr(module, "model", None)
@@ -28,16 +37,20 @@ def load_user_model(path: Path, data: Any) -> Density:
     if not inspect.isfunction(function):
         raise InputError(f"{path.name}: model is a {type(function).__name__}, not a function: write {WANTED}")
     try:
-        inspect.signature(function).bind(data)
+        inspect.signature(function).bind(None)
     except TypeError:
         raise InputError(
             f"{path.name}: model{inspect.signature(function)} must take the data alone: model(data)"
         ) from None
-    found = _call_model(path, function, data)
-    if not isinstance(found, Model):
-        kind = "nothing: is a return missing?" if found is None else f"a {type(found).__name__}, not a Model"
-        raise InputError(f"{path.name}: model(data) returned {kind}")
-    return density_of(found, path.name)
+
+    def make(data: Any) -> Model:
+        found = _call_model(path, function, data)
+        if not isinstance(found, Model):
+            kind = "nothing: is a return missing?" if found is None else f"a {type(found).__name__}, not a Model"
+            raise InputError(f"{path.name}: model(data) returned {kind}")
+        return found
+
+    return make
 
 
 def _run_file(path: Path) -> ModuleType:
