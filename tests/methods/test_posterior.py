@@ -13,6 +13,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods import posterior as posterior_module
+from hsivi_cli.methods import posterior_report
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.methods.heavy_tails import Pilot, best_degrees, contradiction, student_t_draws, student_t_log_prob
 from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
@@ -295,6 +296,19 @@ def test_few_tempered_draws_claim_no_more_than_they_are(tmp_path):
     posterior = draw_posterior(fit, 10, 0)
     assert posterior.ess <= 10
     assert report_on(fit, posterior, None, 0).verdict.level != "trust"
+
+
+@pytest.mark.parametrize(("khat", "level"), [(0.6, "trust"), (0.85, "care")])
+def test_a_mean_that_rests_on_few_draws_lowers_the_verdict(tmp_path, monkeypatch, khat, level):
+    summarise = posterior_report.summarise
+
+    def uneven(*given, **named):
+        return [replace(row, khat=khat) if row.name == "z[2]" else row for row in summarise(*given, **named)]
+
+    monkeypatch.setattr(posterior_report, "summarise", uneven)
+    fit = fit_posterior(gaussian()[0], FitOptions(), tmp_path)
+    verdict = report_on(fit, draw_posterior(fit, 2000, 0), None, 0).verdict
+    assert (verdict.level, "z[2]" in verdict.line) == (level, level == "care")
 
 
 def test_infinite_variance_lowers_the_verdict(tmp_path):
