@@ -29,7 +29,7 @@ MOST_RESPONSES = 20_000  # of a predictive check; a million rows would take long
 
 @dataclass(frozen=True)
 class PosteriorReport:
-    """Everything that is printed. `elbo`, `log_z` and `khat` are None where the method has none."""
+    """Everything that is printed. `elbo`, `log_z` and `khat` are None where the method, or a flat prior, has none."""
 
     method: str
     route: str
@@ -93,6 +93,8 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         bridged = refined.log_z is not None and math.isfinite(refined.log_z)
         evidence = (refined.log_z, refined.log_z_se) if bridged else (refined.smc_log_z, refined.smc_log_z_se)
         log_z, log_z_se = evidence
+    if not fit.density.proper_prior:  # known only up to the constant that the flat prior stands for
+        log_z = log_z_se = None
     return PosteriorReport(
         method=fit.method,
         route=posterior.route,
