@@ -95,9 +95,15 @@ def contradiction(chosen: Pilot, pilots: list[Pilot]) -> Pilot | None:
 def infinite_variance(pilots: list[Pilot]) -> bool:
     """Whether the posterior's tails seem to fall no faster than a t's with 2 degrees of freedom.
 
-    Against a t(4), weights of a tail of index nu have the shape 1 - nu / 4.
+    Against a t(4) the weights at distance r of a tail of index nu grow as r^(4 - nu): those of the farthest draws are
+    then larger than the average one. (k-hat would not do: in many dimensions the two disagree everywhere.)
     """
-    return any(pilot.degrees == 4 and pilot.weights.khat > 0.5 for pilot in pilots[:-1])
+    for pilot in pilots[:-1]:
+        if pilot.degrees == 4 and pilot.draws.log_approx is not None:
+            farthest = pilot.draws.log_approx.argsort()[: max(10, pilot.weights.n // 200)]
+            weight = pilot.weights.log_weight.exp()
+            return float(weight[farthest].mean()) > float(weight.mean())
+    return False
 
 
 def widened(start: GaussianFit, pilot: Pilot) -> GaussianFit:

@@ -76,6 +76,7 @@ class Regression:
             analytic_gradient=evaluate.gradient,
             predictive=predictive,
             facts=self.facts,
+            proper_prior=proper,
             initial=torch.zeros(self.dim, dtype=torch.float64),
             linearise=evaluate.linearise,
         )
