@@ -16,14 +16,14 @@ from hsivi_cli.evaluation.pareto import tail_shape
 from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
 from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
-from hsivi_cli.methods.posterior import AUTO, PARTICLES, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior import AUTO, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
-from hsivi_cli.methods.refine import ISLANDS
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
 HEAVY = 0.5  # shape of a tail whose variance is infinite
 MOST_TAILS = 200  # columns whose tails are looked at
 SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
+MANY = 0.02  # unknowns a response, beyond which the sd of replicated responses says nothing
 MOST_RESPONSES = 20_000  # of a predictive check; a million rows would take longer than the fit
 
 
@@ -78,8 +78,7 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
         # particles do not cross between far modes: there the agreement of independent islands is the evidence
         memory = None if fit.modes > 1 else refined.memory
-        noise = 2.0 * ISLANDS / PARTICLES
-        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=noise)
+        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=refined.r_hat_noise)
     predictive = _predictive(fit.density, posterior, seed)
     n = len(posterior.values)
     non_finite = int((~posterior.values.isfinite().all(1)).sum())
@@ -186,4 +185,8 @@ def _predictive(density: Density, posterior: Posterior, seed: int) -> Predictive
     if found is None:
         return None
     limit = max(50, min(1000, MOST_RESPONSES * 1000 // max(len(found.observed), 1)))
-    return check_predictive(posterior.z, found.observed, found.simulate, torch.Generator().manual_seed(seed), limit)
+    check = check_predictive(posterior.z, found.observed, found.simulate, torch.Generator().manual_seed(seed), limit)
+    if density.dim > MANY * len(found.observed):
+        # p coefficients make responses that are drawn from their fit more variable than the n observed, by 2 p / n
+        check = replace(check, statistics=tuple(one for one in check.statistics if one.name != "sd"))
+    return check
