@@ -27,6 +27,8 @@ from hsivi_cli.methods import langevin_vi
 from hsivi_cli.methods.gaussian_start import find_start, raw_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.methods.heavy_tails import (
+    DEGREES,
+    FEW_DEGREES,
     best_degrees,
     contradiction,
     infinite_variance,
@@ -42,7 +44,7 @@ from hsivi_cli.targets.whiten import whiten
 GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
 ENOUGH = 0.25  # effective share of the pilot's draws below which auto tempers
 STAGE_LR = 0.01  # of the published stage 1
-PILOT = 2000
+LEAST_PILOT, PILOT = 600, 2000
 SUMMARY_DRAWS = 16_000  # Monte Carlo error of a 5 % quantile: about 0.02 sd
 CHEAP = 20_000_000  # responses times draws that are evaluated without a second thought, in a few dimensions
 STATES = 4  # of the cloud after a tempered run: more draws would take more than the run itself
@@ -134,10 +136,11 @@ def fit_posterior(
 
 def _explore(fit: Fit) -> None:
     """Choose the tails of `auto`, and widen its start where a heavier-tailed pilot found mass that it misses."""
-    count = affordable_draws(fit.density, 300, PILOT)
+    count = affordable_draws(fit.density, LEAST_PILOT, PILOT)
+    choices = DEGREES if count > LEAST_PILOT else FEW_DEGREES
     seeds = itertools.count(fit.options.seed ^ PILOT_SEED)
     with torch.no_grad():
-        pilots = run_pilots(fit.density, fit.start, count, lambda: NoiseStreams(next(seeds), range(count)))
+        pilots = run_pilots(fit.density, fit.start, lambda: NoiseStreams(next(seeds), range(count)), choices)
     if not pilots:
         raise RunError(f"the log density of {fit.density.name} is finite at none of the draws around its fit")
     chosen = best_degrees(pilots)
