@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -15,6 +16,7 @@ app = typer.Typer(
     name="hsivi",
     help="Fast diffusion sampling and posterior fitting: distil score networks into few-step samplers, fit posteriors.",
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -46,6 +48,12 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _bug(err: Exception) -> int:
+    traceback.print_exception(err)
+    console.error(f"this is a bug in hsivi {hsivi_cli.__version__}: please report the lines above")
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3 or 130; see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -58,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error("interrupted; a run goes on from its last checkpoint with --resume")
         return 130
     except typer.TyperException as err:
-        console.error(f"{err.format_message()} (see 'hsivi --help')" if hasattr(err, "format_message") else str(err))
+        name = getattr(getattr(err, "ctx", None), "info_name", None) or "hsivi"
+        command = name if name == "hsivi" else f"hsivi {name}"
+        text = err.format_message() if hasattr(err, "format_message") else str(err)
+        console.error(f"{text} (see '{command} --help')")
         return 2
     except BrokenPipeError:
         # the reader of our stdout went away, as in `hsivi sample --out - | head -c 1`; nothing is left to say
@@ -70,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, MemoryError) and "out of memory" not in str(err) and "allocate memory" not in str(err):
-            raise
+            return _bug(err)
         console.error("out of memory: lower the batch size (--batch in train and distill, --batch-size elsewhere)")
         return 1
+    except Exception as err:
+        return _bug(err)
     return code if isinstance(code, int) else 0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.posterior import Fit, Posterior
     from hsivi_cli.methods.posterior_registry import FitOptions
     from hsivi_cli.methods.posterior_report import PosteriorReport
+    from hsivi_cli.methods.refine import OnProgress, Progress
     from hsivi_cli.targets.density import Density
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -129,7 +130,7 @@ def fit_posterior(
     check_source(source)
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.io.draw_files import open_draws
-    from hsivi_cli.methods.posterior import SUMMARY_DRAWS, affordable_draws, draw_posterior
+    from hsivi_cli.methods.posterior import draw_posterior, summary_draws
     from hsivi_cli.methods.posterior_registry import FitOptions, check_options
     from hsivi_cli.methods.posterior_report import report_on
     from hsivi_cli.methods.posterior_store import fit_directory, save_fit
@@ -161,9 +162,8 @@ def fit_posterior(
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
             if posterior_fit.route != "weights":
-                console.story("moving draws by HMC until they forget their start: seconds to minutes")
-            total = max(draws, affordable_draws(density, 0, SUMMARY_DRAWS))
-            posterior = draw_posterior(posterior_fit, total, seed)
+                console.story("moving draws by HMC until they forget their start")
+            posterior = draw_posterior(posterior_fit, summary_draws(posterior_fit, draws), seed, progress_lines())
             report = report_on(posterior_fit, posterior, calibration, seed)
             if save is not None:
                 save_fit(directory, posterior_fit, source, table, report)
@@ -202,6 +202,21 @@ def show(
         raise GateError("do not use these draws" if stream is None else report.verdict.line)
     if stream is not None:
         console.story(report.verdict.line)
+
+
+def progress_lines() -> "OnProgress":
+    """A line on stderr now and then, with an estimate of the time left."""
+    began = told = time.monotonic()
+
+    def on_progress(progress: "Progress") -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told > SECONDS_BETWEEN_LINES:
+            told = now
+            left = (now - began) * (1 - progress.share) / max(progress.share, 0.01)
+            console.story(f"{progress.line}; about {left:.0f} s left")
+
+    return on_progress
 
 
 def _fit(density: "Density", settings: "FitOptions", directory: Path, resume: bool) -> "Fit":

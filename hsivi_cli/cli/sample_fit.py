@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.fit_posterior import show
+from hsivi_cli.cli.fit_posterior import progress_lines, show
 
 DEFAULT_DRAWS, JUDGED = 4000, 1000
 
@@ -23,6 +23,6 @@ def sample_fit(
     with console.guarded_stdout():
         fit = load_fit(path, model)
         # fewer could not be judged; only those asked for are written
-        posterior = draw_posterior(fit, max(count, JUDGED), seed)
+        posterior = draw_posterior(fit, max(count, JUDGED), seed, progress_lines())
         report = report_on(fit, posterior, None, seed)
     show(report, posterior, count, destination, as_json, {"out": out, "fit": str(path)})

@@ -21,13 +21,15 @@ from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.laplace import Mode, find_mode, require_proper
+from hsivi_cli.methods.variational_newton import variational_newton
 from hsivi_cli.targets.density import Density
 from hsivi_cli.targets.whiten import Affine
 
 Covariance = Literal["mean-field", "full-rank"]
 
 TRUSTED = 1.0  # nats between the ELBO and Laplace's log Z that need no second start
-FULL_RANK_MOST = 100  # dimensions up to which `fit_gaussian` fits every entry of the factor
+FULL_RANK_MOST = 100  # dimensions up to which `fit_gaussian` climbs in every entry of the factor
+NEWTON_FROM = 30  # dimensions from which it takes Newton steps instead, where Hessians are cheap
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,18 @@ def fit_gaussian(
     """Maximise the ELBO on fixed draws from the Gaussian at the mode on; deterministic, a second or so for d <= 50.
 
     The draws (default: at least 256 and 8 d, mirrored, and transformed to mean 0 and covariance I exactly) make the
-    result exact when the target is Gaussian. Full rank beyond `FULL_RANK_MOST` dimensions keeps the correlations of
-    the mode and fits a scale for each principal coordinate. Raises InputError if the posterior is improper.
+    result exact when the target is Gaussian. Full rank in many dimensions takes Newton steps on the natural parameters
+    (`methods.variational_newton`). Raises InputError if the posterior is improper.
     """
     mode = find_mode(density) if start is None else start
     require_proper(mode, density)
+    least = NEWTON_FROM if density.linearise is not None else FULL_RANK_MOST
+    if covariance == "full-rank" and density.dim > least:
+        bases = [_base(density, mode, covariance)]
+        if mode.kind == "mode":
+            bases.append(_base(density, None, covariance))
+        u = moment_matched_normals(draws or max(256, 2 * density.dim), density.dim, seed)
+        return _checked(density, variational_newton(density, bases, u, seed), covariance, seed)
     fit = _fit_from(density, covariance, _base(density, mode, covariance), seed, draws)
     if mode.kind == "mode" and abs(fit.elbo - mode.log_z) < TRUSTED:
         return fit
@@ -114,9 +123,16 @@ def fit_gaussian(
 def _fit_from(density: Density, covariance: Covariance, base: Affine, seed: int, draws: int | None) -> GaussianFit:
     """The best Gaussian that L-BFGS finds from `base`, and its ELBO on fresh draws."""
     dim = density.dim
-    full = covariance == "full-rank" and dim <= FULL_RANK_MOST
-    u = moment_matched_normals(draws or max(256, 8 * dim), dim, seed)
-    fitted = _compose(base, *_maximise(density, base, u, full))
+    few = dim <= FULL_RANK_MOST
+    full = covariance == "full-rank" and few
+    # moments are matched exactly by 2 d draws; more are needed where each pair of coordinates has a parameter
+    u = moment_matched_normals(draws or max(256, (8 if few else 2) * dim), dim, seed)
+    return _checked(density, _compose(base, *_maximise(density, base, u, full)), covariance, seed)
+
+
+def _checked(density: Density, fitted: Affine, covariance: Covariance, seed: int) -> GaussianFit:
+    """The fit with its ELBO on fresh draws; `fitted.scale` is a (d, d) factor."""
+    dim = density.dim
     fresh = moment_matched_normals(max(512, 2 * dim), dim, seed + 1)
     z = fitted.forward(fresh)
     with torch.no_grad():
@@ -155,15 +171,17 @@ def _maximise(density: Density, base: Affine, u: Tensor, full: bool) -> tuple[Te
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
         shift, log_diagonal, lower = unpack(torch.from_numpy(x.copy()))
-        z = base.forward(shift + u * log_diagonal.exp() + u @ lower.T)
+        inner = shift + u * log_diagonal.exp()
+        z = base.forward(inner + u @ lower.T if full else inner)
         with torch.no_grad():
-            value = -float(density.log_prob(z).mean() + log_diagonal.sum())
-            pulled = base.pull_back(density.gradient(z))
+            heights, gradient = density.value_and_gradient(z)
+            value = -float(heights.mean() + log_diagonal.sum())
+            pulled = base.pull_back(gradient)
         if not (math.isfinite(value) and bool(pulled.isfinite().all())):
             return 1e100, np.zeros_like(x)
-        d_factor = pulled.T @ u / len(u)
-        d_log = d_factor.diagonal() * log_diagonal.exp() + 1
-        return value, -torch.cat([pulled.mean(0), d_log, d_factor[below[0], below[1]]]).numpy()
+        d_log = (pulled * u).mean(0) * log_diagonal.exp() + 1
+        d_below = (pulled.T @ u / len(u))[below[0], below[1]] if full else d_log[:0]
+        return value, -torch.cat([pulled.mean(0), d_log, d_below]).numpy()
 
     x = np.zeros(2 * dim + below.shape[1])
     for _ in range(40):  # a Gaussian too wide for the target: narrower until every draw is inside

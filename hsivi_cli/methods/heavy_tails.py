@@ -16,6 +16,7 @@ from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.targets.density import Density
 
 DEGREES = (0, 50, 20, 8, 4, 2, 1)  # 0: the Gaussian itself
+FEW_DEGREES = (0, 8, 4)  # where the data are so many that draws are dear, and the posterior nearly Gaussian
 SAFE = 0.4  # a k-hat that other draws will not lift above 0.5
 UNUSABLE = 0.7
 WIDE = (3, 3.0)  # degrees and scale of a probe for mass where no proposal looks
@@ -55,11 +56,16 @@ def student_t_log_prob(start: GaussianFit, degrees: int, squares: Float64[Tensor
     return constant - log_det - half * (squares / degrees).log1p()
 
 
-def run_pilots(density: Density, start: GaussianFit, count: int, noise: Callable[[], NoiseStreams]) -> list[Pilot]:
-    """One pilot of `count` draws for each of `DEGREES`, and last the wide probe; `noise()` gives fresh streams."""
+def run_pilots(
+    density: Density,
+    start: GaussianFit,
+    noise: Callable[[], NoiseStreams],
+    choices: tuple[int, ...] = DEGREES,
+) -> list[Pilot]:
+    """One pilot for each of the degrees in `choices`, and last the wide probe; `noise()` gives fresh streams."""
     wide = replace(start, scale_tril=start.scale_tril * WIDE[1])
     found = []
-    for degrees, base in [*((degrees, start) for degrees in DEGREES), (WIDE[0], wide)]:
+    for degrees, base in [*((degrees, start) for degrees in choices), (WIDE[0], wide)]:
         draws = student_t_draws(density, base, degrees, noise())
         assert draws.log_weight is not None
         if bool((draws.log_weight > -math.inf).any()):
@@ -86,7 +92,8 @@ def contradiction(chosen: Pilot, pilots: list[Pilot]) -> Pilot | None:
             continue
         error = math.hypot(pilot.weights.log_z_se, chosen.weights.log_z_se)
         more = pilot.weights.log_z - chosen.weights.log_z > 4 * error + 0.05
-        wild = pilot.weights.khat > UNUSABLE and pilot.weights.ess > 20 and pilot is not pilots[-1]
+        doubt = (1 + pilot.weights.khat) / math.sqrt(3 * math.sqrt(pilot.weights.n))  # k-hat's own error, from its tail
+        wild = pilot.weights.khat - doubt > UNUSABLE and pilot.weights.ess > 20 and pilot is not pilots[-1]
         if more or wild:
             return pilot
     return None
@@ -95,9 +102,15 @@ def contradiction(chosen: Pilot, pilots: list[Pilot]) -> Pilot | None:
 def infinite_variance(pilots: list[Pilot]) -> bool:
     """Whether the posterior's tails seem to fall no faster than a t's with 2 degrees of freedom.
 
-    Against a t(4), weights of a tail of index nu have the shape 1 - nu / 4.
+    Against a t(4) the weights at distance r of a tail of index nu grow as r^(4 - nu): those of the farthest draws are
+    then larger than the average one. (k-hat would not do: in many dimensions the two disagree everywhere.)
     """
-    return any(pilot.degrees == 4 and pilot.weights.khat > 0.5 for pilot in pilots[:-1])
+    for pilot in pilots[:-1]:
+        if pilot.degrees == 4 and pilot.draws.log_approx is not None:
+            farthest = pilot.draws.log_approx.argsort()[: max(10, pilot.weights.n // 200)]
+            weight = pilot.weights.log_weight.exp()
+            return float(weight[farthest].mean()) > float(weight.mean())
+    return False
 
 
 def widened(start: GaussianFit, pilot: Pilot) -> GaussianFit:

@@ -9,6 +9,7 @@ A marginal q(x_0) is a mixture of infinitely many Gaussians; `sample` estimates 
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from hsivi_cli.engine.optimisation import LearningRate, ScheduleName, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.draws import Draws
-from hsivi_cli.networks.conditional_gaussian import ConditionalGaussian
-from hsivi_cli.objectives.hsivi_bound import pairwise_log_density
+from hsivi_cli.methods.hsivi_density import best_estimate, walk_chain
+from hsivi_cli.networks.conditional_gaussian import ConditionalGaussian, flatten_parameters
 from hsivi_cli.targets.density import Density
 
 Training = Literal["joint", "layerwise"]
@@ -29,7 +30,6 @@ Training = Literal["joint", "layerwise"]
 # How much a layer's output tells about its input at the start, in nats: `d log(1 / sigma)`. The bound sees at most
 # log(J + 1) of it, so that in many dimensions sigma must start near 1.
 INFORMATION = 1.4
-ROWS_AT_ONCE = 2048  # draws against J components: memory of the density estimate
 
 # What the authors' sibling repositories (SIVISM, KSIVI) use, up to this dimension.
 _PUBLISHED: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -44,44 +44,53 @@ class PosteriorConfig:
     """What both objectives share.
 
     `base_dim` 0 means max(d, 3): a little more base noise than coordinates helps in two dimensions. `residual` False is
-    the published mean network. `sigma` is the start of every layer's noise, 0 means `exp(-1.4 / d)`. The target's power
-    in bridge k is `((K - k) / K) ** bridge_power`; while the first share `anneal` of training lasts, it rises to that
-    from 0, which is what an untrained chain matches: modes are found before they part. `training` "layerwise" gives
-    every layer its share of the steps, from the base on. `components` is the J of a finished fit's density estimate.
+    the published mean network. `varying` lets a layer's noise depend on its input; `sigma` is the start of every
+    layer's noise, 0 means `exp(-1.4 / d)`. `inner` is J, the further components of the bound.
+
+    The target's power in bridge k is `((K - k) / K) ** bridge_power`; while the first share `anneal` of training lasts,
+    it rises to that from 0, which is what an untrained chain matches: modes are found before they part. `training`
+    "layerwise" gives every layer its share of the steps, from the base on. `components` and `paths` are the J of a
+    finished fit's two density estimates, see `methods.hsivi_density`; `paths` 0 leaves out the second.
     """
 
-    layers: int = 3
-    steps: int = 4000
+    layers: int = 5
+    steps: int = 3000
     seed: int = 0
     batch: int = 128
     hidden: tuple[int, ...] = (64, 64)
     base_dim: int = 0
     residual: bool = True
+    varying: bool = True
     sigma: float = 0.0
+    inner: int = 511
     bridge_power: float = 1.5
     anneal: float = 0.5
     training: Training = "joint"
-    lr: float = 1e-2
+    lr: float = 3e-3
     warmup: int = 50
     lr_schedule: ScheduleName = "cosine"
     amsgrad: bool = False
     clip: float = 10.0
     ema: float = 0.995
     components: int = 1024
+    paths: int = 32
 
 
 def published_settings(dim: int) -> dict[str, Any]:
     """Settings of `PosteriorConfig` for a target of this dimension as published: ReLU means, AMSGrad, no annealing."""
     found = next(settings for most, settings in _PUBLISHED if dim <= most)
-    return found | {"residual": False, "amsgrad": True, "anneal": 0.0, "bridge_power": 1.0, "lr_schedule": "constant"}
+    common = {"residual": False, "varying": False, "amsgrad": True, "anneal": 0.0, "bridge_power": 1.0}
+    return found | common | {"inner": found["batch"] - 1, "lr_schedule": "constant"}
 
 
 @dataclass
 class Chain:
-    """The layers, number k first, their moving averages, and the powers l_k of the target."""
+    """The layers, number k first, their moving averages, both also as one vector a layer, and the powers l_k."""
 
     layers: nn.ModuleList
     averages: nn.ModuleList
+    vectors: list[Tensor]
+    average_vectors: list[Tensor]
     powers: Float[Tensor, " K"]
     base_dim: int
 
@@ -93,26 +102,19 @@ class Chain:
         """Layer k as a finished fit uses it."""
         return cast(ConditionalGaussian, self.averages[k])
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything learned in q."""
-        return list(self.layers.parameters())
-
 
 @dataclass(frozen=True)
-class Rollout:
-    """One pass through the trained layers: index 0 of the first dimension is the layer nearest to the target.
+class Pass:
+    """What one layer made of its inputs: `N(means, diag exp(2 log_sigma))` of every chain, without gradients."""
 
-    `means` = mu_k(x_{k+1}) of every chain; `log_sigma` of every layer; `numbers` are the k. Gradients reach each
-    layer's own parameters and no other's.
-    """
+    number: int
+    inputs: Float[Tensor, "m i"]
+    means: Float[Tensor, "m d"]
+    log_sigma: Float[Tensor, "s d"]
 
-    means: Float[Tensor, "k m d"]
-    log_sigma: Float[Tensor, "k d"]
-    numbers: Tensor
-
-    def draw(self, zeta: Float[Tensor, "k n d"]) -> Float[Tensor, "k n d"]:
+    def draw(self, zeta: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """`x_k = mu_k(x_{k+1}) + sigma_k zeta` for the first n chains."""
-        return self.means[:, : zeta.shape[1]] + self.log_sigma.exp().unsqueeze(1) * zeta
+        return self.means[: len(zeta)] + self.log_sigma[: len(zeta)].exp() * zeta
 
 
 def check_config(config: PosteriorConfig) -> None:
@@ -121,6 +123,8 @@ def check_config(config: PosteriorConfig) -> None:
         ("--layers", config.layers, 1),
         ("--steps", config.steps, 1),
         ("--batch", config.batch, 2),
+        ("--inner", config.inner, 1),
+        ("--paths", config.paths, 0),
         ("--components", config.components, 1),
     ):
         if value < least:
@@ -142,12 +146,15 @@ def make_chain(dim: int, config: PosteriorConfig) -> Chain:
             config.hidden,
             draws,
             residual=config.residual,
+            varying=config.varying,
             sigma=config.sigma or math.exp(-INFORMATION / dim),
         )
         for k in range(config.layers)
     )
+    averages = copy.deepcopy(layers).requires_grad_(False)
     powers = (1 - torch.arange(config.layers, dtype=torch.float64) / config.layers) ** config.bridge_power
-    return Chain(layers, copy.deepcopy(layers).requires_grad_(False), powers, base_dim)
+    vectors, average_vectors = ([flatten_parameters(layer) for layer in many] for many in (layers, averages))
+    return Chain(layers, averages, vectors, average_vectors, powers, base_dim)
 
 
 def active_layers(step: int, config: PosteriorConfig) -> range:
@@ -184,24 +191,89 @@ def powers_at(chain: Chain, step: int, config: PosteriorConfig) -> Float[Tensor,
     return below + (chain.powers - below) * risen**2
 
 
-def roll_out(chain: Chain, active: range, chains: int, draws: torch.Generator) -> Rollout:
-    """Walk from the base to the last active layer; a layer's input is the detached output of the one before.
+@torch.no_grad()
+def roll_out(chain: Chain, active: range, chains: int, draws: torch.Generator) -> list[Pass]:
+    """Walk from the base to the last active layer; the passes of the active layers, nearest to the target first.
 
     Layers that are not being trained are the averaged ones, which a finished fit will use.
     """
-    dim = chain.layer(0).dim
     x = torch.randn((chains, chain.base_dim), generator=draws, dtype=torch.float64)
-    means: list[Tensor] = []
+    passes: list[Pass] = []
     for k in range(len(chain.layers) - 1, active[0] - 1, -1):
         layer = chain.layer(k) if k in active else chain.average(k)
-        mean = layer(x)
+        mean, log_sigma = layer(x)
+        done = Pass(k, x, mean, log_sigma.detach())
         if k in active:
-            means.append(mean)
+            passes.append(done)
         if k > active[0]:
-            zeta = torch.randn((chains, dim), generator=draws, dtype=torch.float64)
-            x = (mean + layer.log_sigma.exp() * zeta).detach()
-    log_sigma = torch.stack([chain.layer(k).log_sigma for k in active])
-    return Rollout(torch.stack(means[::-1]), log_sigma, torch.tensor(active))
+            x = done.draw(torch.randn((chains, layer.dim), generator=draws, dtype=torch.float64))
+    return passes[::-1]
+
+
+@dataclass(frozen=True)
+class Output:
+    """`x_k` and the sigma that it was drawn with, both with gradients to the layer's own parameters and no other's."""
+
+    x: Float[Tensor, "n d"]
+    sigma: Float[Tensor, "s d"]
+
+
+def redraw(chain: Chain, done: Pass, zeta: Float[Tensor, "n d"]) -> Output:
+    """`Pass.draw` again, with gradients."""
+    mean, log_sigma = chain.layer(done.number)(done.inputs[: len(zeta)])
+    sigma = log_sigma.exp()
+    return Output(mean + sigma * zeta, sigma)
+
+
+def move_along(chain: Chain, done: Pass, zeta: Float[Tensor, "n d"], direction: Float[Tensor, "n d"]) -> list[Tensor]:
+    """The gradient, in the layer's parameters, of an objective whose gradient in each x is `direction`; the mean of n.
+
+    Reparameterisation: x is a function of the parameters for fixed input and zeta.
+    """
+    x = redraw(chain, done, zeta).x
+    return list(torch.autograd.grad(x, list(chain.layers[done.number].parameters()), direction / len(zeta)))
+
+
+def make_optimiser(vectors: Sequence[Tensor], config: PosteriorConfig, rate: float) -> torch.optim.Optimizer:
+    """Adam on whole vectors."""
+    return torch.optim.Adam(vectors, rate, amsgrad=config.amsgrad)
+
+
+def ascend(
+    optimiser: torch.optim.Optimizer,
+    vectors: Sequence[Tensor],
+    gradients: Sequence[list[Tensor]],
+    rate: float,
+    clip: float,
+) -> float:
+    """Step up along the gradients of these vectors, clipped in norm together; returns the norm.
+
+    The optimiser's other vectors stay, and their moments with them. Raises RunError where the norm is not finite.
+    """
+    optimiser.zero_grad(set_to_none=True)
+    for vector, parts in zip(vectors, gradients, strict=True):
+        vector.grad = -torch.cat([part.flatten() for part in parts])
+    norm = float(nn.utils.clip_grad_norm_(vectors, clip))
+    if not math.isfinite(norm):
+        raise RunError("diverged: the gradient is not finite: use a lower --lr")
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    return norm
+
+
+def bridge_gradient(
+    chain: Chain, density: Density, config: PosteriorConfig, step: int, passes: list[Pass], x: Float[Tensor, "k n d"]
+) -> tuple[Float[Tensor, "k n d"], Float[Tensor, "k n"], Float[Tensor, "k n"]]:
+    """Of every active layer's bridge at its outputs: gradient and value; and the value of the target itself."""
+    rows = x.detach().reshape(-1, density.dim).requires_grad_(True)
+    with torch.enable_grad():
+        log_target = density.log_prob(rows)
+        gradient = torch.autograd.grad(log_target.sum(), rows)[0].view_as(x)
+    log_target = log_target.detach().view(x.shape[:2])
+    power = powers_at(chain, step, config)[[done.number for done in passes]].unsqueeze(-1)
+    log_p = (1 - power) * log_base(x) + power * log_target
+    return torch.lerp(-x, gradient, power.unsqueeze(-1)), log_p, log_target
 
 
 def log_base(x: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
@@ -209,46 +281,22 @@ def log_base(x: Float[Tensor, "*k d"]) -> Float[Tensor, "*k"]:
     return -0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
 
+@torch.no_grad()
 def update_averages(chain: Chain, active: range, step: int, decay: float) -> None:
     """Move the averages of the layers that were trained."""
-    for k in active:
-        update_ema(chain.averages[k].parameters(), chain.layers[k].parameters(), step, decay)
+    update_ema([chain.average_vectors[k] for k in active], [chain.vectors[k] for k in active], step, decay)
 
 
+@torch.no_grad()
 def sample_chain(chain: Chain, density: Density, config: PosteriorConfig, noise: NoiseStreams) -> Draws:
-    """One draw a noise stream, from the averaged layers.
-
-    `log_approx` is `log 1/J sum_j q(x_0 | x_1^(j))`, the draw's own x_1 being one of the J = `config.components`; the
-    others come from a bank of chains that depends on `config.seed` alone, so that no draw depends on another.
-    """
-    with torch.no_grad():
-        bank = _bank(chain, config)
-        x = noise.draw((chain.base_dim,)).double()
-        for k in reversed(range(config.layers)):
-            layer = chain.average(k)
-            mean = layer(x)
-            x = mean + layer.log_sigma.exp() * noise.draw((density.dim,)).double()
-        log_sigma = chain.average(0).log_sigma
-        own = torch.distributions.Normal(mean, log_sigma.exp()).log_prob(x).sum(-1)
-        log_sum = torch.cat(
-            [
-                torch.logaddexp(own_rows, pairwise_log_density(rows, bank, log_sigma).logsumexp(-1))
-                for rows, own_rows in zip(x.split(ROWS_AT_ONCE), own.split(ROWS_AT_ONCE), strict=True)
-            ]
-        )
-        log_approx = log_sum - math.log(config.components)
-        note = (
-            f"log_approx is a semi-implicit estimate, log 1/J sum_j q(x_0 | x_1^(j)) with J = {config.components}, "
-            "the draw's own x_1 among them"
-        )
-        return Draws(x, density.log_prob(x), log_approx=log_approx, note=note)
-
-
-def _bank(chain: Chain, config: PosteriorConfig) -> Float[Tensor, "m d"]:
-    """`mu_0(x_1^(j))` of J - 1 chains of their own."""
-    draws = generator(config.seed, Stream.INIT, 1)
-    averaged = Chain(chain.averages, chain.averages, chain.powers, chain.base_dim)
-    return roll_out(averaged, range(1), config.components - 1, draws).means[0]
+    """One draw a noise stream, from the averaged layers; `log_approx` is an estimate, see `methods.hsivi_density`."""
+    layers = [chain.average(k) for k in range(config.layers)]
+    base = noise.draw((chain.base_dim,)).double()
+    zeta = [noise.draw((density.dim,)).double() for _ in layers]
+    walk = walk_chain(layers, base, zeta, noise.draw((1,)).double().squeeze(1))
+    estimate = best_estimate(layers, chain.base_dim, config.components, config.paths, config.seed)
+    x = walk.states[0]
+    return Draws(x, density.log_prob(x), log_approx=estimate.log_prob(walk), note=estimate.note)
 
 
 def chain_state_dict(chain: Chain) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +17,7 @@ from hsivi_cli.targets.density import Density
 Kind = Literal["mode", "unbounded", "improper"]
 
 LARGE = 1e8  # responses times dimensions above which one start has to do
+LARGE_HESSIAN = 2e8  # the same for responses times squared dimensions
 SANE = 1e18  # ratio of the coordinates' scales at a mode that makes sense in float64
 FLOOR = 1e-10  # least curvature kept, relative to the largest, in coordinates of unit curvature
 RUNAWAY = 1e15  # a log density above which a climb is given up
@@ -93,13 +95,18 @@ def require_proper(mode: Mode, density: Density) -> None:
 
 
 def hessian_at(density: Density, z: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
-    """Hessian of the log density at one point, by differentiating the gradient, all rows in batches.
+    """Hessian of the log density at one point: `linearise` of all unit vectors, or the gradient differentiated.
 
     Where autograd fails or is not finite, central differences of the gradient.
     """
     dim = density.dim
     rows = min(dim, max(1, 20_000_000 // (_responses(density) + dim)))
     eye = torch.eye(dim, dtype=torch.float64)
+    if density.linearise is not None:
+        with np.errstate(all="ignore"):
+            product = density.linearise(z.detach()[None].numpy())[1]
+            hessian = torch.from_numpy(np.concatenate([product(part.numpy()) for part in eye.split(rows)]))
+        return (hessian + hessian.T) / 2
     pieces = []
     for first in range(0, dim, rows):
         point = z.expand(min(rows, dim - first), dim).clone().requires_grad_(True)
@@ -154,10 +161,10 @@ def _best_summits(
     generator = torch.Generator().manual_seed(seed)
     first = density.initial if start is None else start
     zero = torch.zeros(density.dim, dtype=torch.float64)
-    points = [zero] if first is None else [first.detach().double(), zero]
+    points = [zero] if first is None or not bool(first.any()) else [first.detach().double(), zero]
     noise = torch.randn(random_starts, density.dim, generator=generator, dtype=torch.float64)
     points += list(2 * noise + points[0])
-    if _responses(density) * density.dim > LARGE:
+    if _responses(density) * density.dim > LARGE or _responses(density) * density.dim**2 > LARGE_HESSIAN:
         points = points[:1]
     finite = [point for point in points if bool(density.log_prob(point[None]).isfinite().all())]
     if not finite:

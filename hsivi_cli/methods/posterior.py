@@ -27,6 +27,8 @@ from hsivi_cli.methods import langevin_vi
 from hsivi_cli.methods.gaussian_start import find_start, raw_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.methods.heavy_tails import (
+    DEGREES,
+    FEW_DEGREES,
     best_degrees,
     contradiction,
     infinite_variance,
@@ -35,17 +37,17 @@ from hsivi_cli.methods.heavy_tails import (
     widened,
 )
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
-from hsivi_cli.methods.refine import Refined, refine, tempered_smc
+from hsivi_cli.methods.refine import OnProgress, Refined, affordable_particles, refine, tempered_smc
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 from hsivi_cli.targets.whiten import whiten
 
 GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
 ENOUGH = 0.25  # effective share of the pilot's draws below which auto tempers
 STAGE_LR = 0.01  # of the published stage 1
-PILOT = 2000
-PARTICLES = 4000  # of a tempered run; more draws come from further moves of these
+LEAST_PILOT, PILOT = 600, 2000
 SUMMARY_DRAWS = 16_000  # Monte Carlo error of a 5 % quantile: about 0.02 sd
-CHEAP = 20_000_000  # responses times draws that are evaluated without a second thought
+CHEAP = 20_000_000  # responses times draws that are evaluated without a second thought, in a few dimensions
+STATES = 4  # of the cloud after a tempered run: more draws would take more than the run itself
 NEVER = 2**62  # a step takes milliseconds: checkpoints come by the clock and at the end
 AUTO = "gaussian"  # the start itself, untrained
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
@@ -134,10 +136,11 @@ def fit_posterior(
 
 def _explore(fit: Fit) -> None:
     """Choose the tails of `auto`, and widen its start where a heavier-tailed pilot found mass that it misses."""
-    count = affordable_draws(fit.density, 300, PILOT)
+    count = affordable_draws(fit.density, LEAST_PILOT, PILOT)
+    choices = DEGREES if count > LEAST_PILOT else FEW_DEGREES
     seeds = itertools.count(fit.options.seed ^ PILOT_SEED)
     with torch.no_grad():
-        pilots = run_pilots(fit.density, fit.start, count, lambda: NoiseStreams(next(seeds), range(count)))
+        pilots = run_pilots(fit.density, fit.start, lambda: NoiseStreams(next(seeds), range(count)), choices)
     if not pilots:
         raise RunError(f"the log density of {fit.density.name} is finite at none of the draws around its fit")
     chosen = best_degrees(pilots)
@@ -148,21 +151,21 @@ def _explore(fit: Fit) -> None:
         fit.start, fit.missed = widened(fit.start, missed), True
 
 
-def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
+def draw_posterior(fit: Fit, n: int, seed: int, on_progress: OnProgress = lambda progress: None) -> Posterior:
     """n draws by the fit's route; `seed` names them, other seeds give independent ones."""
     if fit.route == "smc":
-        return _tempered(fit, n, seed)
+        return _tempered(fit, n, seed, on_progress)
     raw = _raw(fit, n, seed)
     weights = _weights(raw)
     if fit.route == "hmc":
-        refined = refine(fit.density, raw, seed)
+        refined = refine(fit.density, raw, seed, on_progress=on_progress)
         return _moved(fit, "hmc", refined, weights)
     share = max(weights.ess / n, 1 / MOST_WALKS)
     if share < 0.9:
         raw = _raw(fit, math.ceil(n / share), seed, SECOND_SEED)
         weights = _weights(raw)
     if fit.options.method == "auto" and fit.options.refine == "auto" and weights.khat > GOOD_KHAT:
-        return _tempered(fit, n, seed)  # the pilot was luckier than these draws
+        return _tempered(fit, n, seed, on_progress)  # the pilot was luckier than these draws
     rows = resample(weights.log_weight, n, torch.Generator().manual_seed(seed))
     columns, weighted = named_values(fit.density, raw.z)
     return Posterior(
@@ -180,16 +183,25 @@ def draw_posterior(fit: Fit, n: int, seed: int) -> Posterior:
     )
 
 
-def _tempered(fit: Fit, n: int, seed: int) -> Posterior:
-    particles = min(max(n, 1000), PARTICLES)
-    refined = tempered_smc(fit.density, fit.start, particles, seed, draws=n)
+def _tempered(fit: Fit, n: int, seed: int, on_progress: OnProgress) -> Posterior:
+    particles = min(max(n, 1000), affordable_particles(fit.density))
+    refined = tempered_smc(fit.density, fit.start, particles, seed, draws=n, on_progress=on_progress)
     return _moved(fit, "smc", refined, None)
 
 
+def summary_draws(fit: Fit, least: int) -> int:
+    """How many draws a summary rests on: more than were asked for, where they cost no more than the fit."""
+    most = SUMMARY_DRAWS if fit.route == "weights" else STATES * affordable_particles(fit.density)
+    return max(least, affordable_draws(fit.density, 0, min(most, SUMMARY_DRAWS)))
+
+
 def affordable_draws(density: Density, least: int, most: int) -> int:
-    """As many draws as are evaluated in a moment: fewer where the data are many."""
+    """As many draws as are evaluated in a moment: fewer where the data or the dimensions are many.
+
+    Does not measure time, so that a seed always means the same.
+    """
     responses = 1 if density.predictive is None else len(density.predictive.observed)
-    return max(least, min(most, CHEAP // responses))
+    return max(least, min(most, int(CHEAP / (responses * (1 + density.dim / 40)))))
 
 
 def state_tree(fit: Fit) -> dict[str, Any]:

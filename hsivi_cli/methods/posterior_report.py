@@ -16,20 +16,20 @@ from hsivi_cli.evaluation.pareto import tail_shape
 from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
 from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
-from hsivi_cli.methods.posterior import AUTO, PARTICLES, Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior import AUTO, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
-from hsivi_cli.methods.refine import ISLANDS
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
 HEAVY = 0.5  # shape of a tail whose variance is infinite
 MOST_TAILS = 200  # columns whose tails are looked at
 SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
+MANY = 0.02  # unknowns a response, beyond which the sd of replicated responses says nothing
 MOST_RESPONSES = 20_000  # of a predictive check; a million rows would take longer than the fit
 
 
 @dataclass(frozen=True)
 class PosteriorReport:
-    """Everything that is printed. `elbo`, `log_z` and `khat` are None where the method has none."""
+    """Everything that is printed. `elbo`, `log_z` and `khat` are None where the method, or a flat prior, has none."""
 
     method: str
     route: str
@@ -78,20 +78,22 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
         # particles do not cross between far modes: there the agreement of independent islands is the evidence
         memory = None if fit.modes > 1 else refined.memory
-        noise = 2.0 * ISLANDS / PARTICLES
-        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=noise)
+        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=refined.r_hat_noise)
     predictive = _predictive(fit.density, posterior, seed)
     n = len(posterior.values)
     non_finite = int((~posterior.values.isfinite().all(1)).sum())
     if raw is not None:
         non_finite += math.ceil(n * raw.non_finite / raw.n)
     verdict = _with_tails(judge(n, weights, moves, predictive, calibration, non_finite), fit, posterior)
+    verdict = _with_means(verdict, summary)
     shown = raw if raw is not None else fit.pilot if fit.method != AUTO else None
     log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)
     if refined is not None:
         bridged = refined.log_z is not None and math.isfinite(refined.log_z)
         evidence = (refined.log_z, refined.log_z_se) if bridged else (refined.smc_log_z, refined.smc_log_z_se)
         log_z, log_z_se = evidence
+    if not fit.density.proper_prior:  # known only up to the constant that the flat prior stands for
+        log_z = log_z_se = None
     return PosteriorReport(
         method=fit.method,
         route=posterior.route,
@@ -123,6 +125,17 @@ def _with_tails(verdict: Verdict, fit: Fit, posterior: Posterior) -> Verdict:
     if verdict.level == "trust":
         return Verdict("care", (text,), f"use with care: {text}")
     return Verdict(verdict.level, (*verdict.reasons, text), f"{verdict.line}; {text}")
+
+
+def _with_means(verdict: Verdict, summary: list[ParameterSummary]) -> Verdict:
+    """Lower a trust where the mean of some parameter rests on few draws, though the weights are even."""
+    poor = [(row.khat, row.name) for row in summary if row.khat is not None and row.khat > USABLE_KHAT]
+    if verdict.level != "trust" or not poor:
+        return verdict
+    worst, name = max(poor)
+    more = f" and {len(poor) - 1} more" if len(poor) > 1 else ""
+    text = f"the mean of {name}{more} rests on few draws (its k-hat {worst:.2f})"
+    return Verdict("care", (text,), f"use with care: {text}")
 
 
 def calibrate(
@@ -172,4 +185,8 @@ def _predictive(density: Density, posterior: Posterior, seed: int) -> Predictive
     if found is None:
         return None
     limit = max(50, min(1000, MOST_RESPONSES * 1000 // max(len(found.observed), 1)))
-    return check_predictive(posterior.z, found.observed, found.simulate, torch.Generator().manual_seed(seed), limit)
+    check = check_predictive(posterior.z, found.observed, found.simulate, torch.Generator().manual_seed(seed), limit)
+    if density.dim > MANY * len(found.observed):
+        # p coefficients make responses that are drawn from their fit more variable than the n observed, by 2 p / n
+        check = replace(check, statistics=tuple(one for one in check.statistics if one.name != "sd"))
+    return check

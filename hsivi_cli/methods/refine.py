@@ -5,6 +5,7 @@ stands still (`transitions.cloud`). Islands that never exchange particles tell h
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,11 @@ from hsivi_cli.transitions.tempering import (
 ISLANDS = 16
 INFLATIONS = (1.0, 1.1, 1.25, 1.5, 2.0)  # of the Gaussian's sds, tried before a tempered run
 CACHE = 500_000  # numbers a batch of evaluations may hold: particles times responses
+BRIDGED = 4000  # draws that the evidence is bridged from
+WORK = 200_000_000  # operations of one gradient of all particles that take a tenth of a second
+TEMPERING, HARVEST = 0.5, 0.6  # shares of a run that are behind when the temperature is 1, when the first draws are had
 MOVES_BETWEEN = 10  # most moves at a temperature on the way
+REMEMBERED_LATER = 0.3  # what the slowest feature may keep from one state of the settled cloud to the next
 REMEMBERED_BETWEEN = 0.5  # correlation with the start that is good enough on the way
 
 
@@ -52,8 +57,9 @@ class Refined:
     `log_z` with `log_z_se` is from bridge sampling between the draws and a Gaussian fitted to half of them (infinite
     error where they do not overlap). `smc_log_z` is the tempered run's own, or that of the weights, None without:
     consistent, but too low where the fit covers a fraction of the target.
-    `r_hat` compares islands (below 1.01 is good) over all coordinates, their squares and the log density; `ess` is the
-    number of independent draws their agreement amounts to. `memory` is the correlation with the start that was left,
+    `r_hat` compares islands over all coordinates, their squares and the log density (below 1.01 is good, plus
+    `r_hat_noise`, what chance alone adds); `ess` is the number of independent draws their agreement amounts to.
+    `particles` is the number of chains. `memory` is the correlation with the start that was left,
     `divergences` counts trajectories. `converged` sums up; `note` says what is amiss.
     """
 
@@ -70,8 +76,42 @@ class Refined:
     temperatures: tuple[float, ...]
     moves: int
     gradients: int
+    particles: int
     converged: bool
     note: str = ""
+
+    @property
+    def r_hat_noise(self) -> float:
+        """What R-hat exceeds 1 by through the finite size of the islands alone."""
+        return 2.0 * min(ISLANDS, self.particles // 8) / self.particles
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, after each move: `share` in 0 .. 1 is a rough guess, enough to estimate the time left.
+
+    `temperature` ends at 1; `memory` falls to about 0.1 there; then `draws` of `wanted` are collected.
+    """
+
+    share: float
+    temperature: float
+    memory: float
+    moves: int
+    gradients: int
+    draws: int
+    wanted: int
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        if self.temperature < 1.0:
+            return f"temperature {self.temperature:.3f}"
+        if not self.draws:
+            return f"forgetting the start: correlation {self.memory:.2f}"
+        return f"{min(self.draws, self.wanted)} of {self.wanted} draws"
+
+
+OnProgress = Callable[[Progress], object]
 
 
 @dataclass(frozen=True)
@@ -90,6 +130,7 @@ def tempered_smc(
     seed: int = 0,
     budget: Budget | None = None,
     draws: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Refined:
     """Tempered SMC from the fitted Gaussian (widened where that helps) to `density`, with HMC moves.
 
@@ -101,12 +142,12 @@ def tempered_smc(
     generator = torch.Generator().manual_seed(seed)
     batched = _in_batches(density)
     base = Affine(start.location, start.scale_tril * _best_inflation(batched, start, generator))
-    white = whiten(batched, base.location, base.scale)
-    path = GeometricPath(_log_normal, white.log_prob, lambda u: -u, white.gradient)
+    path = _path(base, batched)
     islands, size = _islands(particles)
     u = torch.randn(islands * size, density.dim, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        cloud = make_cloud(u, islands, generator)
+        cloud = make_cloud(base.forward(u), islands, generator, base.scale)
+        cloud.on_move = _reporter(on_progress, draws or particles, 0.0)
         t, log_z = 0.0, torch.zeros(islands, dtype=torch.float64)
         while t < 1.0:
             log_ratio = path.log_ratio(cloud.chains.z)
@@ -120,14 +161,19 @@ def tempered_smc(
             cloud.temperatures.append(t)
             if t < 1.0:
                 settle(cloud, path.log_prob(t), path.gradient(t), REMEMBERED_BETWEEN, budget.gradients, MOVES_BETWEEN)
-        settled = _finish(cloud, white, budget, draws or particles, log_z)
+        settled = _finish(cloud, batched, budget, draws or particles, log_z)
     spread = (log_z - log_z.max()).exp()
     own = Evidence(float(log_mean_exp(log_z)), float(spread.std() / spread.mean() / math.sqrt(islands)))
-    return _refined(cloud, settled, base, white, own, draws or particles)
+    return _refined(cloud, settled, base, batched, own, draws or particles)
 
 
 def refine(
-    density: Density, fitted: Draws, seed: int = 0, budget: Budget | None = None, draws: int | None = None
+    density: Density,
+    fitted: Draws,
+    seed: int = 0,
+    budget: Budget | None = None,
+    draws: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Refined:
     """Resample weighted draws (their `log_weight`; else `log_prob - log_approx`; else equal), then move them by HMC.
 
@@ -150,32 +196,33 @@ def refine(
     z = fitted.z[rows.gather(1, keep).flatten()].double()
     spread = z.std(0)
     base = Affine(z.mean(0), torch.where(spread > 0, spread, torch.ones_like(spread)))
-    white = whiten(batched, base.location, base.scale)
     with torch.no_grad():
-        cloud = make_cloud(base.inverse(z), islands, generator)
-        settled = _finish(cloud, white, budget, draws or n, None)
+        cloud = make_cloud(z, islands, generator, base.scale)
+        cloud.on_move = _reporter(on_progress, draws or n, 1.0)
+        settled = _finish(cloud, batched, budget, draws or n, None)
     own = None
     if fitted.log_weight is not None:
         ess = float(effective_sample_size(log_weight))
         own = Evidence(float(log_mean_exp(log_weight)), math.sqrt(max(1 / ess - 1 / n, 0.0)))
-    return _refined(cloud, settled, base, white, own, draws or n)
+    return _refined(cloud, settled, base, batched, own, draws or n)
 
 
-def _finish(cloud: Cloud, white: Density, budget: Budget, draws: int, log_z: Float[Tensor, " m"] | None) -> _Settled:
+def _finish(cloud: Cloud, density: Density, budget: Budget, draws: int, log_z: Float[Tensor, " m"] | None) -> _Settled:
     """Settle on the target; islands that disagree are resampled by their evidence, and settle again."""
-    quiet = settle(cloud, white.log_prob, white.gradient, budget.forgotten, budget.gradients)
+    quiet = settle(cloud, density.log_prob, density.gradient, budget.forgotten, budget.gradients)
     found = agreement([features(cloud)], cloud.islands)
     clouds = math.ceil(draws / len(cloud.chains.z))
+    between = max(budget.forgotten, REMEMBERED_LATER)
     if not _agree(found, cloud) and log_z is not None:
         # the evidence makes a mixture of islands exact in the limit, but then they are no replicates any more
         uniform = torch.rand((), generator=cloud.generator, dtype=torch.float64)
         size = len(cloud.chains.z) // cloud.islands
         cloud.take(systematic_resample(log_z.repeat_interleave(size), uniform))
-        settle(cloud, white.log_prob, white.gradient, budget.forgotten, budget.gradients // 4)
+        settle(cloud, density.log_prob, density.gradient, budget.forgotten, budget.gradients // 4)
         return _Settled(
-            harvest(cloud, white.log_prob, white.gradient, clouds, budget.forgotten, budget.gradients), found, quiet
+            harvest(cloud, density.log_prob, density.gradient, clouds, between, budget.gradients), found, quiet
         )
-    states = harvest(cloud, white.log_prob, white.gradient, clouds, budget.forgotten, budget.gradients)
+    states = harvest(cloud, density.log_prob, density.gradient, clouds, between, budget.gradients)
     return _Settled(states, agreement([features(cloud, state) for state in states], cloud.islands), quiet)
 
 
@@ -185,11 +232,11 @@ def _agree(found: Agreement, cloud: Cloud) -> bool:
 
 
 def _refined(
-    cloud: Cloud, settled: _Settled, base: Affine, white: Density, own: Evidence | None, draws: int
+    cloud: Cloud, settled: _Settled, base: Affine, density: Density, own: Evidence | None, draws: int
 ) -> Refined:
     every = torch.cat([state.z for state in settled.states])
-    log_prob = torch.cat([state.log_prob for state in settled.states]) - base.log_det
-    evidence = _evidence(settled.states[0], settled.agreement.ess / len(settled.states), white, cloud.generator)
+    log_prob = torch.cat([state.log_prob for state in settled.states])
+    evidence = _evidence(every, log_prob, settled.agreement.ess, base, density, cloud.generator)
     order = torch.randperm(len(every), generator=cloud.generator)[:draws]
     notes = []
     if not settled.quiet:
@@ -197,7 +244,7 @@ def _refined(
     if not _agree(settled.agreement, cloud):
         notes.append(f"independent runs disagree (R-hat {settled.agreement.r_hat:.3f})")
     return Refined(
-        draws=Draws(base.forward(every[order]), log_prob[order], note="equally weighted, after HMC moves"),
+        draws=Draws(every[order], log_prob[order], note="equally weighted, after HMC moves"),
         log_z=evidence.log_z,
         log_z_se=evidence.log_z_se,
         smc_log_z=own.log_z if own else None,
@@ -210,26 +257,32 @@ def _refined(
         temperatures=tuple(cloud.temperatures),
         moves=cloud.moves,
         gradients=cloud.gradients,
+        particles=len(cloud.chains.z),
         converged=not notes,
         note="; ".join(notes),
     )
 
 
-def _evidence(chains: Chains, ess: float, white: Density, generator: torch.Generator) -> Evidence:
+def _evidence(
+    z: Tensor, log_prob: Tensor, ess: float, base: Affine, density: Density, generator: torch.Generator
+) -> Evidence:
     """Bridge sampling between one half of the draws and the Gaussian of the other half's moments, and vice versa."""
-    n, d = chains.z.shape
-    order = torch.randperm(n, generator=generator)
+    white = whiten(density, base.location, base.scale)
+    order = torch.randperm(len(z), generator=generator)[: max(BRIDGED, 4 * density.dim)]
+    u, log_prob = base.inverse(z[order]), log_prob[order] + base.log_det
+    n, d = u.shape
+    ess = ess * n / len(z)
     found = []
-    for here, there in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
+    for here, there in ((slice(n // 2), slice(n // 2, n)), (slice(n // 2, n), slice(n // 2))):
         if n // 2 < 2 * d:
             return Evidence(math.nan, math.inf)
-        location, covariance = chains.z[here].mean(0), chains.z[here].T.cov().reshape(d, d)
+        location, covariance = u[here].mean(0), u[here].T.cov().reshape(d, d)
         scale_tril = torch.linalg.cholesky(covariance)
-        u = location + torch.randn(n // 2, d, generator=generator, dtype=torch.float64) @ scale_tril.T
+        fresh = location + torch.randn(n // 2, d, generator=generator, dtype=torch.float64) @ scale_tril.T
         with torch.no_grad():
-            at_base = (white.log_prob(u) - gaussian_log_prob(u, location, scale_tril)).nan_to_num(nan=-torch.inf)
-        at_target = chains.log_prob[there] - gaussian_log_prob(chains.z[there], location, scale_tril)
-        found.append(bridge_sampling(at_target, at_base, max(ess / 2, 2.0)))
+            at_base = white.log_prob(fresh) - gaussian_log_prob(fresh, location, scale_tril)
+        at_target = log_prob[there] - gaussian_log_prob(u[there], location, scale_tril)
+        found.append(bridge_sampling(at_target, at_base.nan_to_num(nan=-torch.inf), max(ess / 2, 2.0)))
     log_z = sum(one.log_z for one in found) / 2
     # both halves' estimates use all draws, so they are taken as fully dependent
     return Evidence(log_z, sum(one.log_z_se for one in found) / 2)
@@ -255,6 +308,43 @@ def _resample(cloud: Cloud, log_weight: Float[Tensor, "m n"]) -> None:
     safe = torch.where(log_weight.isfinite().any(1, keepdim=True), log_weight, 0.0)
     uniform = torch.rand(islands, generator=cloud.generator, dtype=torch.float64)
     cloud.take((systematic_resample(safe, uniform) + size * torch.arange(islands)[:, None]).flatten())
+
+
+def _path(base: Affine, density: Density) -> GeometricPath:
+    """From the Gaussian to the density, in the density's own coordinates: the target pays for no change of them."""
+    inverse = torch.linalg.solve_triangular(base.scale, torch.eye(density.dim, dtype=torch.float64), upper=False)
+    precision = inverse.T @ inverse
+    log_det = base.log_det
+    return GeometricPath(
+        lambda z: _log_normal((z - base.location) @ inverse.T) - log_det,
+        density.log_prob,
+        lambda z: (base.location - z) @ precision,
+        density.gradient,
+    )
+
+
+def _reporter(on_progress: OnProgress | None, wanted: int, start: float) -> Callable[[Cloud], object] | None:
+    """What turns a move into `Progress`; `start` is the temperature before the first one was chosen."""
+    if on_progress is None:
+        return None
+
+    def report(cloud: Cloud) -> None:
+        temperature = cloud.temperatures[-1] if cloud.temperatures else start
+        draws = cloud.states * len(cloud.chains.z)
+        share = TEMPERING * temperature if not draws else HARVEST + (1 - HARVEST) * min(1.0, draws / wanted)
+        on_progress(Progress(share, temperature, cloud.memory, cloud.moves, cloud.gradients, draws, wanted))
+
+    return report
+
+
+def affordable_particles(density: Density, least: int = 1000, most: int = 4000) -> int:
+    """Particles of a run that takes seconds where it can: fewer in many dimensions, or where the data are many.
+
+    More draws come from later states of the cloud. Does not measure time, so that a seed always means the same.
+    """
+    responses = 1 if density.predictive is None else len(density.predictive.observed)
+    work = (20 if density.analytic_gradient is not None else 80) * responses + 4 * density.dim**2
+    return max(least, min(most, WORK // work))
 
 
 def _log_normal(u: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -41,7 +41,9 @@ class Density:
     it from autograd. `constrain(z)` names what the user sees: {"beta": (n, 3), "sigma": (n,)}. `facts` are lines to
     print (priors, guesses). `log_z` and `reference` are known truths of named examples: the log evidence, and a
     sampler of exact draws. `linearise(z)`, where given, is the gradient at the rows of an array and the product
-    `v -> H v` with the Hessian there, as new arrays: what the adjoint of a Langevin path is fastest with.
+    `v -> H v` with the Hessian there, as new arrays (at a single row, for any number of rows v): what the adjoint of a
+    Langevin path and Newton's steps are fastest with. Without a
+    `proper_prior` (with a flat one) the integral is no evidence.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Density:
     exact_draws: Callable[[int, torch.Generator], Batch] | None = None
     initial: Float[Tensor, " d"] | None = field(default=None)
     linearise: Callable[[np.ndarray], Linearised] | None = None
+    proper_prior: bool = True
 
     def gradient(self, z: Batch) -> Batch:
         """Gradient of `log_prob` at each row; differentiable once more where `z` asks for gradients."""

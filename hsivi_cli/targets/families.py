@@ -141,10 +141,18 @@ class Binomial:
         return {}
 
     def kernel(self, y: Rows, trials: Rows | None, eta: Eta, aux: Aux) -> Eta:
-        return y * eta - (softplus(eta) if trials is None else trials * softplus(eta))
+        return y * eta - self.partition(trials, eta)
 
     def kernel_score(self, y: Rows, trials: Rows | None, eta: Eta, aux: Aux) -> tuple[Eta, dict[str, Eta]]:
-        return y - (eta.sigmoid() if trials is None else trials * eta.sigmoid()), {}
+        return y - self.mean(trials, eta), {}
+
+    def partition(self, trials: Rows | None, eta: Eta) -> Eta:
+        """What `kernel` is besides `y eta`: the link is canonical."""
+        return softplus(eta) if trials is None else trials * softplus(eta)
+
+    def mean(self, trials: Rows | None, eta: Eta) -> Eta:
+        """The derivative of `partition`, the expected response."""
+        return eta.sigmoid() if trials is None else trials * eta.sigmoid()
 
     def simulate(self, trials: Rows | None, eta: Eta, aux: Aux, generator: torch.Generator) -> Eta:
         probability = eta.sigmoid()
@@ -175,6 +183,14 @@ class Poisson:
 
     def kernel_score(self, y: Rows, trials: Rows | None, eta: Eta, aux: Aux) -> tuple[Eta, dict[str, Eta]]:
         return y - eta.exp(), {}
+
+    def partition(self, trials: Rows | None, eta: Eta) -> Eta:
+        """What `kernel` is besides `y eta`: the link is canonical."""
+        return eta.exp()
+
+    def mean(self, trials: Rows | None, eta: Eta) -> Eta:
+        """The derivative of `partition`, the expected response."""
+        return eta.exp()
 
     def simulate(self, trials: Rows | None, eta: Eta, aux: Aux, generator: torch.Generator) -> Eta:
         return torch.poisson(eta.clamp_max(_MOST_LOG_RATE).exp(), generator=generator)

@@ -5,6 +5,7 @@ to the cloud before, so their disagreement is a nested R-hat (Margossian et al. 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,9 @@ STUCK_AFTER, STUCK = 30, 0.8  # moves after which a memory above this is taken f
 class Cloud:
     """Chains, island after island, and their moves' settings: `scale` (d, d) is the cloud's own lower-triangular
     factor, `leapfrogs` and `step` the trajectory. `memory` is the largest correlation of a feature with its start.
+
+    `unit`, a factor (d, d) or a diagonal (d,), gives the coordinates in which the cloud is about N(0, I): its own
+    factor is shrunk towards that one. `on_move` hears of every move.
     """
 
     chains: Chains
@@ -31,6 +35,7 @@ class Cloud:
     step: float
     centre: Tensor
     scale: Tensor
+    unit: Tensor
     leapfrogs: int = 1
     memory: float = 1.0
     acceptance: float = 0.0
@@ -38,6 +43,8 @@ class Cloud:
     gradients: int = 0
     divergences: int = 0
     temperatures: list[float] = field(default_factory=list)
+    states: int = 0
+    on_move: Callable[["Cloud"], object] | None = None
 
     def take(self, rows: Tensor) -> None:
         """Keep the chains with these indices."""
@@ -52,11 +59,18 @@ class Agreement:
     ess: float
 
 
-def make_cloud(z: Float[Tensor, "n d"], islands: int, generator: torch.Generator) -> Cloud:
-    """A cloud at rest at `z`, of about unit scale, with the step that normals accept at 0.8 (it scales as d^-1/4)."""
+def make_cloud(
+    z: Float[Tensor, "n d"],
+    islands: int,
+    generator: torch.Generator,
+    unit: Float[Tensor, "d d"] | Float[Tensor, " d"] | None = None,
+) -> Cloud:
+    """A cloud at rest at `z`, of about unit scale (or `unit`), with the step that normals accept at 0.8 (it scales as
+    d^-1/4)."""
     n, d = z.shape
     chains = Chains(z, z.new_full((n,), math.nan), torch.full_like(z, math.nan))
-    return Cloud(chains, islands, generator, 1.2 * d**-0.25, z.mean(0), torch.eye(d, dtype=z.dtype))
+    unit = z.new_ones(d) if unit is None else unit
+    return Cloud(chains, islands, generator, 1.2 * d**-0.25, z.mean(0), unit.diag() if unit.ndim == 1 else unit, unit)
 
 
 def settle(
@@ -70,7 +84,8 @@ def settle(
     cloud.chains = start_chains(cloud.chains.z, log_prob, gradient)
     _measure(cloud)
     forgotten = max(forgotten, 4 / math.sqrt(len(cloud.chains.z)))  # no correlation is not measured as 0
-    start, stretch, done, since = cloud.chains, 1.0, 0, 0
+    first = start = cloud.chains
+    stretch, done, since = 1.0, 0, 0
     most = cloud.gradients + gradients
     while cloud.gradients < most:
         done, since = done + 1, since + 1
@@ -82,6 +97,8 @@ def settle(
         if cloud.memory < forgotten:
             if moves or drift(before, now) < STILL:
                 return True
+            if start is first:
+                stretch = 1.0  # what was slow was the way there
             start, since = cloud.chains, 0
         if done == moves or (since >= STUCK_AFTER and cloud.memory > STUCK):
             return False
@@ -96,7 +113,7 @@ def harvest(
     cloud: Cloud, log_prob: LogProb, gradient: Gradient, clouds: int, forgotten: float, gradients: int
 ) -> list[Chains]:
     """The settled cloud, and `clouds - 1` later states of it, each after it forgot the one before; settings frozen."""
-    found = [cloud.chains]
+    found, cloud.states = [cloud.chains], 1
     forgotten = max(forgotten, 4 / math.sqrt(len(cloud.chains.z)))
     most = cloud.gradients + gradients
     while len(found) < clouds:
@@ -105,6 +122,7 @@ def harvest(
         while correlation(before, features(cloud)) > forgotten and cloud.gradients < most:
             _move(cloud, log_prob, gradient)
         found.append(cloud.chains)
+        cloud.states = len(found)
     return found
 
 
@@ -115,11 +133,19 @@ def _move(cloud: Cloud, log_prob: LogProb, gradient: Gradient) -> Float[Tensor, 
     cloud.moves += 1
     cloud.gradients += cloud.leapfrogs
     cloud.divergences += int(moved.divergent.sum())
+    if cloud.on_move is not None:
+        cloud.on_move(cloud)
     return moved.acceptance
 
 
 def _measure(cloud: Cloud) -> None:
-    cloud.centre, cloud.scale = cloud.chains.z.mean(0), shrunk_factor(cloud.chains.z)
+    cloud.centre = cloud.chains.z.mean(0)
+    centred = cloud.chains.z - cloud.centre
+    if cloud.unit.ndim == 1:
+        cloud.scale = cloud.unit[:, None] * shrunk_factor(centred / cloud.unit)
+    else:
+        inner = torch.linalg.solve_triangular(cloud.unit, centred.T, upper=False).T
+        cloud.scale = cloud.unit @ shrunk_factor(inner)
 
 
 def features(cloud: Cloud, chains: Chains | None = None) -> Float[Tensor, "n f"]:
@@ -157,8 +183,15 @@ def agreement(watched: list[Float[Tensor, "n f"]], islands: int) -> Agreement:
 
 
 def shrunk_factor(z: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Cholesky factor of the cloud's covariance, shrunk towards the identity as d approaches n."""
+    """Cholesky factor of the cloud's covariance, shrunk towards a multiple of the identity by as much as its noise asks
+    for (Ledoit and Wolf 2004, section 3.2): little if n >> d, nearly all where the cloud is about N(0, I) already."""
     n, d = z.shape
     centred = z - z.mean(0)
-    share = n / (n + d)
-    return torch.linalg.cholesky(share * (centred.T @ centred / n) + (1 - share) * torch.eye(d, dtype=z.dtype))
+    covariance = centred.T @ centred / n
+    level = covariance.diagonal().mean()
+    identity = torch.eye(d, dtype=z.dtype)
+    away = ((covariance - level * identity) ** 2).sum()
+    noise = ((centred**2).sum(1) ** 2).mean() / n - (covariance**2).sum() / n
+    # at least 1 / (n + 1) of the identity, so that a cloud of fewer points than dimensions has a factor
+    share = float((noise / away.clamp_min(1e-300)).clamp(1 / (n + 1), 1.0))
+    return torch.linalg.cholesky((1 - share) * covariance + share * level * identity)

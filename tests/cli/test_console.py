@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hsivi_cli.cli import console
+from hsivi_cli.cli.app import main
 from hsivi_cli.errors import RunError
 
 
@@ -61,3 +62,21 @@ def test_a_closed_stdout_is_one_line():
     command = f"{sys.executable} -m hsivi_cli --version >&-"
     done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "error: stdout is closed: there is nowhere to print the result\n")
+
+
+def test_option_errors_name_the_help_of_their_command(capsys):
+    assert main(["sample", "--bogus"]) == 2
+    assert "hsivi sample --help" in capsys.readouterr().err
+    assert main(["sampel"]) == 2
+    assert "'hsivi --help'" in capsys.readouterr().err
+
+
+def test_an_internal_error_keeps_its_traceback_and_says_what_it_is(monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("hsivi_cli.methods.describe.describe", broken)
+    assert main(["inspect", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError: oh" in err
+    assert "bug in hsivi" in err.splitlines()[-1]

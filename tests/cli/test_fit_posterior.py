@@ -63,6 +63,12 @@ def test_table_and_verdict(table, capsys):
     assert "gaussian" in err
 
 
+def test_a_flat_prior_has_no_evidence(table, capsys):
+    for prior, known in (("x=flat", False), ("x=normal(0,10)", True)):
+        assert run(table, "--formula", "y ~ x", "--prior", prior, "--json") == 0
+        assert (json.loads(capsys.readouterr().out)["log_z"] is not None) == known
+
+
 def test_json_is_one_object_and_the_draws_agree_with_it(table, tmp_path, capsys):
     draws = tmp_path / "draws.csv"
     assert run(table, "--formula", "y ~ x", "--out", draws, "--json") == 0

@@ -21,7 +21,15 @@ both = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 def make(method, density=CONJUGATE, **kwargs):
-    settings = {"layers": 2, "steps": 20, "batch": 16, "hidden": (8,), "components": 32} | kwargs
+    settings = {
+        "layers": 2,
+        "steps": 20,
+        "batch": 16,
+        "hidden": (8,),
+        "components": 32,
+        "paths": 4,
+        "inner": 15,
+    } | kwargs
     return method.init(density, method.Config(**settings))
 
 
@@ -71,12 +79,45 @@ def test_a_draw_depends_on_its_stream_alone(method):
 def test_layers_are_trained_without_a_gradient_through_their_input():
     state = make(hsivi_lb, layers=3)
     advance(hsivi_lb, state, 3)  # the residual nets start at zero: let them grow first
-    for k in range(3):
-        state.optimiser.zero_grad(set_to_none=True)
-        bounds, _ = hsivi_lb.layer_bounds(state, range(3), generator(0, Stream.TRAIN, 9))
-        bounds[k].backward()
+    passes = hsivi_posterior.roll_out(state.chain, range(3), 16, generator(0, Stream.TRAIN, 9))
+    assert [done.number for done in passes] == [0, 1, 2]
+    zeta = torch.randn(16, 2, dtype=F64)
+    for done in passes:
+        assert not any(each.requires_grad for each in (done.inputs, done.means, done.log_sigma))
+        state.chain.layers.zero_grad(set_to_none=True)
+        x = hsivi_posterior.redraw(state.chain, done, zeta).x
+        torch.testing.assert_close(x.detach(), done.draw(zeta))
+        x.square().sum().backward()
         for other, layer in enumerate(state.chain.layers):
-            assert all(gradients(layer)) if other == k else not any(gradients(layer))
+            assert all(gradients(layer)) if other == done.number else not any(gradients(layer))
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_gradient_of_a_layer_is_that_of_its_bound(varying):
+    # J = all others: the sum over every way to draw, here many zeta for one rollout, against autograd of the bound
+    state = make(hsivi_lb, layers=1, batch=64, inner=63, varying=varying, anneal=0.0)
+    advance(hsivi_lb, state, 5)
+    layer = state.chain.layer(0)
+    draws = generator(0, Stream.TRAIN, 9)
+    gaps, whole = [], []
+    for _ in range(200):
+        (done,) = hsivi_posterior.roll_out(state.chain, range(1), 64, draws)
+        zeta = torch.randn((1, 64, 2), generator=draws, dtype=F64)
+        ascent = hsivi_lb.ascent_at(state, [done], zeta)
+        along = hsivi_posterior.move_along(state.chain, done, zeta[0], ascent.direction[0])
+        mean, log_sigma = layer(done.inputs)
+        x = mean + log_sigma.exp() * zeta[0]
+        pairs = torch.distributions.Normal(mean, log_sigma.exp()).log_prob(x.unsqueeze(1)).sum(-1)
+        bound = (CONJUGATE.log_prob(x) - pairs.logsumexp(1) + math.log(64)).mean()
+        torch.testing.assert_close(bound.detach(), ascent.bounds[0])
+        autograd = torch.autograd.grad(bound, list(layer.parameters()))
+        flat = [torch.cat([part.flatten() for part in parts]) for parts in (along, autograd)]
+        gaps.append(flat[0] - flat[1])
+        whole.append(flat[1])
+    gap, error = torch.stack(gaps).mean(0), torch.stack(gaps).std(0) / math.sqrt(200)
+    assert float((gap.abs() / error.clamp_min(1e-12)).max()) < 5
+    # the gap is small beside the gradient itself, so that a wrong one would be seen
+    assert float(error.norm()) < 0.3 * float(torch.stack(whole).mean(0).norm())
 
 
 @both
@@ -104,18 +145,17 @@ def test_critic_step_leaves_q_and_chain_step_leaves_the_critics():
         state = make(hsivi_sm_posterior, divergence=divergence)
         advance(hsivi_sm_posterior, state, 2)
         draws = generator(0, Stream.TRAIN, 5)
-        rollout = hsivi_posterior.roll_out(state.chain, range(2), 16, draws)
+        passes = hsivi_posterior.roll_out(state.chain, range(2), 16, draws)
         q, critics = weights(state.chain.layers), weights(state.critics)
-        hsivi_sm_posterior.critic_step(state, rollout, draws)
+        hsivi_sm_posterior.critic_step(state, passes, draws)
         assert not moved(q, state.chain.layers)
         assert moved(critics, state.critics)
         critics = weights(state.critics)
         state.critics.zero_grad(set_to_none=True)
-        hsivi_sm_posterior.chain_step(state, rollout, range(2), draws)
+        hsivi_sm_posterior.chain_step(state, passes, draws)
         assert moved(q, state.chain.layers)
         assert not moved(critics, state.critics)
         assert not any(gradients(state.critics))
-        assert all(parameter.requires_grad for parameter in state.critics.parameters())
 
 
 def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
@@ -128,39 +168,46 @@ def test_fisher_gradient_at_the_best_critic_is_that_of_the_fisher_divergence():
         batch=200_000,
         base_dim=2,
         anneal=0.0,
+        varying=False,
         divergence="fisher",
     )
     layer = state.chain.layers[0]
     with torch.no_grad():
-        layer.net[0].weight.copy_(torch.tensor([[0.2, -0.3], [0.1, 0.4]], dtype=F64))
-        layer.net[0].bias.copy_(torch.tensor([0.4, 0.3], dtype=F64))
+        layer.net.net[0].weight.copy_(torch.tensor([[0.2, -0.3], [0.1, 0.4]], dtype=F64))
+        layer.net.net[0].bias.copy_(torch.tensor([0.4, 0.3], dtype=F64))
 
     def closed_form(weight, bias, log_sigma):
         full = weight + layer.skip * torch.eye(2, dtype=F64)
         covariance = full @ full.T + torch.diag((2 * log_sigma).exp())
         precision = torch.linalg.inv(covariance)
         A, c = precision - TRUTH.precision_matrix, precision @ bias - TRUTH.precision_matrix @ TRUTH.loc
-        return (A @ bias - c).square().sum() + (A @ covariance @ A.T).trace(), A, c
+        return (A @ bias - c).square().sum() + (A @ covariance @ A.T).trace(), precision
 
-    parameters = (layer.net[0].weight, layer.net[0].bias, layer.log_sigma)
-    value, A, c = closed_form(*parameters)
+    parameters = (layer.net.net[0].weight, layer.net.net[0].bias, layer.log_sigma)
+    value, precision = closed_form(*parameters)
     expected = torch.autograd.grad(value, parameters)
-    value = float(value.detach())
     with torch.no_grad():
-        state.critics[0][0].weight.copy_(A)
-        state.critics[0][0].bias.copy_(-c)
+        # the network adds to the score of N(0, I) to give that of q
+        state.critics[0].net[0].weight.copy_(torch.eye(2, dtype=F64) - precision)
+        state.critics[0].net[0].bias.copy_(precision @ layer.net.net[0].bias)
     draws = generator(0, Stream.TRAIN, 1)
-    rollout = hsivi_posterior.roll_out(state.chain, range(1), 200_000, draws)
-    object.__setattr__(state.config, "clip", math.inf)
-    found = hsivi_sm_posterior.chain_step(state, rollout, range(1), draws)
-    assert abs(found["chain_loss"] - value) < 0.05 * value
-    for parameter, gradient in zip(parameters, expected, strict=True):
-        assert float((parameter.grad - gradient).abs().max()) < 0.05 * float(gradient.abs().max())
+    passes = hsivi_posterior.roll_out(state.chain, range(1), 200_000, draws)
+    state.step = 1
+    zeta = torch.randn((1, 200_000, 2), generator=draws, dtype=F64)
+    x = passes[0].draw(zeta[0]).unsqueeze(0)
+    bridge, _, _ = hsivi_posterior.bridge_gradient(state.chain, CONJUGATE, state.config, 1, passes, x)
+    found = (bridge - hsivi_sm_posterior._scores(state, x, passes)).detach().square().sum(-1).mean()
+    assert abs(float(found - value.detach())) < 0.05 * float(value.detach())
+    gradients = hsivi_sm_posterior._fisher_gradients(state, passes, zeta)
+    by_name = dict(zip((name for name, _ in layer.named_parameters()), gradients[0], strict=True))
+    order = ("net.net.0.weight", "net.net.0.bias", "log_sigma")
+    for name, gradient in zip(order, expected, strict=True):
+        assert float((by_name[name] + gradient).abs().max()) < 0.05 * float(gradient.abs().max())
 
 
 @both
 def test_one_layer_learns_a_conjugate_posterior_and_stays_below_the_evidence(method):
-    settings = {"layers": 1, "steps": 300, "batch": 64, "hidden": (16,), "lr": 1e-2, "components": 1024}
+    settings = {"layers": 1, "steps": 300, "batch": 64, "hidden": (16,), "lr": 1e-2, "components": 1024, "inner": 63}
     if method is hsivi_sm_posterior:
         settings |= {"critic_hidden": (32,), "lr": 3e-3, "lr_critic": 1e-2}
     state = make(method, **settings)
@@ -183,21 +230,23 @@ def test_bridges_go_from_the_base_to_the_target(method):
     state = make(method, layers=4, bridge_power=1.0, anneal=0.0)
     state.step = 1
     torch.testing.assert_close(state.chain.powers, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=F64))
-    if method is hsivi_sm_posterior:
-        rollout = hsivi_posterior.roll_out(state.chain, range(4), 16, generator(0, Stream.TRAIN, 1))
-        x, difference = hsivi_sm_posterior._difference(state, rollout, generator(0, Stream.TRAIN, 2))
-        conditional = (rollout.means - x) * (-2 * rollout.log_sigma).exp().unsqueeze(1)
-        bridge = (difference + conditional).detach()
-        for k, power in enumerate((1.0, 0.75, 0.5, 0.25)):
-            point = x[k].detach().requires_grad_(True)
-            log_p = (1 - power) * hsivi_posterior.log_base(point) + power * CONJUGATE.log_prob(point)
-            torch.testing.assert_close(bridge[k], torch.autograd.grad(log_p.sum(), point)[0])
+    passes = hsivi_posterior.roll_out(state.chain, range(4), 16, generator(0, Stream.TRAIN, 1))
+    x = torch.randn(4, 16, 2, dtype=F64, generator=generator(0, Stream.TRAIN, 2))
+    found, log_p, log_target = hsivi_posterior.bridge_gradient(
+        state.chain, CONJUGATE, state.config, state.step, passes, x
+    )
+    torch.testing.assert_close(log_target, CONJUGATE.log_prob(x.view(-1, 2)).view(4, 16))
+    for k, power in enumerate((1.0, 0.75, 0.5, 0.25)):
+        point = x[k].detach().requires_grad_(True)
+        bridge = (1 - power) * hsivi_posterior.log_base(point) + power * CONJUGATE.log_prob(point)
+        torch.testing.assert_close(found[k], torch.autograd.grad(bridge.sum(), point)[0])
+        torch.testing.assert_close(log_p[k], bridge.detach())
 
 
 @both
 def test_density_of_one_component_is_the_draws_own(method):
     # J = 1 leaves q(x_0 | x_1) of the draw's own x_1, whose mean is the negative entropy of the layer's noise
-    state = make(method, components=1, sigma=0.3)
+    state = make(method, components=1, paths=0, sigma=0.3)
     log_approx = method.sample(state, NoiseStreams(2, range(4000))).log_approx
     expected = -2 * (math.log(0.3) + 0.5 + 0.5 * math.log(2 * math.pi))
     assert abs(float(log_approx.mean()) - expected) < 4 * float(log_approx.std()) / math.sqrt(4000)
@@ -205,15 +254,15 @@ def test_density_of_one_component_is_the_draws_own(method):
 
 def test_finished_layers_enter_as_their_averages():
     state = make(hsivi_lb, layers=3, training="layerwise")
-    before = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+    before = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1))[0].means
     with torch.no_grad():
         state.chain.layer(2).log_sigma.add_(1.0)  # as if it had moved on from its average
-    after = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+    after = hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1))[0].means
     assert torch.equal(before, after)
     with torch.no_grad():
         state.chain.average(2).log_sigma.add_(1.0)
     assert not torch.equal(
-        before, hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1)).means
+        before, hsivi_posterior.roll_out(state.chain, range(1, 2), 5, generator(0, Stream.TRAIN, 1))[0].means
     )
 
 
@@ -274,6 +323,6 @@ def test_a_target_that_is_nan_stops_the_run():
 def test_a_chain_that_outruns_its_critic_stops_the_run():
     state = make(hsivi_sm_posterior)
     with torch.no_grad():
-        state.chain.layer(0).net[-1].bias.fill_(1e5)
+        state.chain.layer(0).net.net[-1].bias.fill_(1e5)
     with pytest.raises(RunError, match="ran ahead"):
         advance(hsivi_sm_posterior, state, 1)

@@ -13,8 +13,18 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods import posterior as posterior_module
+from hsivi_cli.methods import posterior_report
+from hsivi_cli.methods.gaussian_start import find_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
-from hsivi_cli.methods.heavy_tails import Pilot, best_degrees, contradiction, student_t_draws, student_t_log_prob
+from hsivi_cli.methods.heavy_tails import (
+    Pilot,
+    best_degrees,
+    contradiction,
+    infinite_variance,
+    run_pilots,
+    student_t_draws,
+    student_t_log_prob,
+)
 from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.posterior_report import report_on
@@ -209,8 +219,11 @@ def test_heavier_tails_that_find_more_contradict():
     assert contradiction(pilots(fine)[0], pilots(fine)) is None
     more = pilots([(0, 0.1, 99.0, 0.0), (4, 0.2, 60.0, 0.7)])
     assert contradiction(more[0], more).degrees == 4
-    wild = pilots([(0, 0.1, 99.0, 0.0), (4, 0.9, 60.0, 0.0)])
+    wild = pilots([(0, 0.1, 99.0, 0.0), (4, 2.0, 60.0, 0.0)])
     assert contradiction(wild[0], wild).degrees == 4
+    # nor does a k-hat within its own error, 0.35 for a hundred draws
+    unsure = pilots([(0, 0.1, 99.0, 0.0), (4, 0.9, 60.0, 0.0)])
+    assert contradiction(unsure[0], unsure) is None
     # lighter tails than the chosen ones prove nothing
     assert contradiction(wild[1], wild) is None
 
@@ -295,6 +308,29 @@ def test_few_tempered_draws_claim_no_more_than_they_are(tmp_path):
     posterior = draw_posterior(fit, 10, 0)
     assert posterior.ess <= 10
     assert report_on(fit, posterior, None, 0).verdict.level != "trust"
+
+
+@pytest.mark.parametrize(("khat", "level"), [(0.6, "trust"), (0.85, "care")])
+def test_a_mean_that_rests_on_few_draws_lowers_the_verdict(tmp_path, monkeypatch, khat, level):
+    summarise = posterior_report.summarise
+
+    def uneven(*given, **named):
+        return [replace(row, khat=khat) if row.name == "z[2]" else row for row in summarise(*given, **named)]
+
+    monkeypatch.setattr(posterior_report, "summarise", uneven)
+    fit = fit_posterior(gaussian()[0], FitOptions(), tmp_path)
+    verdict = report_on(fit, draw_posterior(fit, 2000, 0), None, 0).verdict
+    assert (verdict.level, "z[2]" in verdict.line) == (level, level == "care")
+
+
+@pytest.mark.parametrize("dim", [2, 10, 40])
+@pytest.mark.parametrize(("nu", "heavy"), [(1.5, True), (5.0, False), (1e6, False)])
+def test_infinite_variance_is_told_from_many_dimensions(dim, nu, heavy):
+    density = Density("t", dim, lambda z: -0.5 * (nu + dim) * (z.square().sum(1) / nu).log1p())
+    start, _ = find_start(density, 0)
+    seeds = iter(range(100))
+    found = run_pilots(density, start, lambda: NoiseStreams(next(seeds), range(2000)))
+    assert infinite_variance(found) == heavy
 
 
 def test_infinite_variance_lowers_the_verdict(tmp_path):

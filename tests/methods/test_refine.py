@@ -9,7 +9,7 @@ from scipy import stats
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian, gaussian_log_prob
-from hsivi_cli.methods.refine import Budget, refine, tempered_smc
+from hsivi_cli.methods.refine import Budget, affordable_particles, refine, tempered_smc
 from hsivi_cli.targets.density import Density, Predictive
 
 
@@ -131,3 +131,47 @@ def test_batches_over_particles_change_nothing():
     a = tempered_smc(SKEWED, wide(3, 1.0), 300, seed=4)
     b = tempered_smc(batched, wide(3, 1.0), 300, seed=4)
     torch.testing.assert_close(a.draws.z, b.draws.z, rtol=1e-9, atol=1e-9)
+
+
+def test_progress_is_told_move_by_move_and_only_grows():
+    heard = []
+    found = tempered_smc(SKEWED, wide(3, 1.0), particles=400, seed=0, draws=1500, on_progress=heard.append)
+    assert len(heard) == found.moves
+    assert found.particles == 400
+    assert found.r_hat_noise == 2 * 16 / 400
+    shares = [one.share for one in heard]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[-1] <= 1
+    assert heard[-1].temperature == 1.0
+    assert heard[-1].gradients == found.gradients
+    assert heard[-1].wanted == 1500
+    assert "draws" in heard[-1].line
+    moved = []
+    z = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    refined = refine(SKEWED, Draws(z, SKEWED.log_prob(z)), on_progress=moved.append)
+    assert len(moved) == refined.moves
+    assert all(one.temperature == 1.0 for one in moved)
+    assert refined.particles == 512  # a multiple of the islands
+    # nothing but hearing: the same draws without it
+    silent = tempered_smc(SKEWED, wide(3, 1.0), particles=400, seed=0, draws=1500)
+    torch.testing.assert_close(silent.draws.z, found.draws.z, rtol=0, atol=0)
+
+
+def test_units_of_the_density_do_not_matter():
+    """The cloud lives in the density's own coordinates."""
+    unit = torch.tensor([1e4, 1.0, 1e-5], dtype=torch.float64)
+    log_det = float(unit.log().sum())
+    scaled = Density("scaled", 3, lambda z: skewed_log_prob(z / unit) - log_det)
+    start = GaussianFit(torch.zeros(3, dtype=torch.float64), unit.diag(), 0.0, 0.0, "full-rank")
+    a = tempered_smc(SKEWED, wide(3, 1.0), 400, seed=4)
+    b = tempered_smc(scaled, start, 400, seed=4)
+    torch.testing.assert_close(b.draws.z / unit, a.draws.z, rtol=1e-6, atol=1e-6)
+    assert abs(a.log_z - b.log_z) < 1e-6
+    assert abs(b.log_z - 1.5) < 0.2
+
+
+def test_fewer_particles_where_a_gradient_is_dear():
+    assert affordable_particles(SKEWED) == 4000
+    large = Predictive(torch.zeros(100_000, dtype=torch.float64), lambda z, generator: z)
+    assert affordable_particles(Density("large", 3, skewed_log_prob, predictive=large)) == 1000
+    assert affordable_particles(Density("wide", 400, skewed_log_prob)) == 1000

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from hsivi_cli.objectives.hsivi_bound import fisher_minimax, log_mixture, pairwise_log_density, surrogate_bound
+from hsivi_cli.objectives.hsivi_bound import fisher_minimax, log_mixture_sum, mixture_at
 
 F64 = torch.float64
 
@@ -16,32 +16,27 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_pairwise_densities_are_those_of_torch_also_far_from_the_origin():
-    x, means, log_sigma = randn(2, 5, 3) + 1e4, randn(2, 7, 3, seed=1) + 1e4, randn(2, 3, seed=2) - 2
-    found = pairwise_log_density(x, means, log_sigma)
-    normal = Normal(means.unsqueeze(1), log_sigma.exp()[:, None, None])
-    torch.testing.assert_close(found, normal.log_prob(x.unsqueeze(2)).sum(-1), rtol=1e-9, atol=1e-9)
-
-
+@pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("extra", [0, 2, 6])
-def test_mixture_is_the_own_component_and_the_next_ones_and_its_gradient_is_autograds(extra):
-    values = [randn(2, 4, 3), randn(2, 7, 3, seed=1), 0.3 * randn(2, 3, seed=2)]
-    x, means, log_sigma = (value.clone().requires_grad_(True) for value in values)
-    pairs = pairwise_log_density(x, means, log_sigma)
+def test_mixture_is_the_own_component_and_the_next_ones_and_its_score_is_autograds(rows, extra):
+    # far from the origin, where squares that are multiplied out would lose their digits
+    x, means, log_sigma = randn(4, 3) + 1e4, randn(7, 3, seed=1) + 1e4, 0.3 * randn(rows, 3, seed=2) - 1
     columns = torch.tensor([[(i + j) % 7 for j in range(extra + 1)] for i in range(4)])
-    plain = pairs.gather(-1, columns.expand(2, -1, -1)).logsumexp(-1) - math.log(extra + 1)
-    found = log_mixture(x, means, log_sigma, extra)
-    torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-11)
-    weight = randn(2, 4, seed=3)
-    expected = torch.autograd.grad((weight * plain).sum(), (x, means, log_sigma))
-    gradients = torch.autograd.grad((weight * found).sum(), (x, means, log_sigma))
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    x.requires_grad_(True)
+    pairs = Normal(means, log_sigma.exp()).log_prob(x.unsqueeze(1)).sum(-1)
+    expected = pairs.gather(1, columns).logsumexp(1) - math.log(extra + 1)
+    found = mixture_at(x, means, log_sigma, extra)
+    torch.testing.assert_close(found.log_density, expected.detach(), rtol=1e-8, atol=1e-8)
+    score = torch.autograd.grad(expected.sum(), x)[0]
+    torch.testing.assert_close(found.score, score, rtol=1e-8, atol=1e-8)
+    assert not found.score.requires_grad
+    total = log_mixture_sum(x.detach(), means, log_sigma)
+    torch.testing.assert_close(total, pairs.detach().logsumexp(1), rtol=1e-8, atol=1e-8)
 
 
 def test_more_components_than_chains_are_refused():
     with pytest.raises(ValueError, match="components"):
-        log_mixture(randn(4, 2), randn(4, 2), torch.zeros(2, dtype=F64), 4)
+        mixture_at(randn(4, 2), randn(4, 2), torch.zeros(1, 2, dtype=F64), 4)
 
 
 # One linear-Gaussian layer: y ~ N(0, I), x = W y + b + sigma zeta, so that q(x) = N(b, W W' + diag sigma^2).
@@ -56,16 +51,20 @@ def marginal():
     return MultivariateNormal(B, W @ W.T + torch.diag((2 * LOG_SIGMA).exp()))
 
 
-def layer_draws(n, m, seed):
-    """log p and log mixtures for n pairs each with m components of its own (leading dimension: the pairs)."""
+def layer_draws(n, m, seed, spread=1.0):
+    """x and the m inputs' means for n independent rounds; each x came from the first component of its round."""
     draws = torch.Generator().manual_seed(seed)
-    means = torch.randn((n, m, 3), dtype=F64, generator=draws) @ W.T + B
-    x = means[:, :1] + LOG_SIGMA.exp() * torch.randn((n, 1, 2), dtype=F64, generator=draws)
-    return LOG_Z + TARGET.log_prob(x), x, means
+    means = spread * torch.randn((n, m, 3), dtype=F64, generator=draws) @ W.T + B
+    return means[:, 0] + LOG_SIGMA.exp() * torch.randn((n, 2), dtype=F64, generator=draws), means
 
 
-def log_mix_of(x, means, extra):
-    return log_mixture(x, means, LOG_SIGMA.expand(len(x), -1), extra)
+def mixtures_of(x, means):
+    found = [mixture_at(x[i : i + 1], means[i], LOG_SIGMA.unsqueeze(0), means.shape[1] - 1) for i in range(len(x))]
+    return torch.cat([each.log_density for each in found]), torch.cat([each.score for each in found])
+
+
+def log_p_of(x):
+    return LOG_Z + TARGET.log_prob(x)
 
 
 def closed_form_elbo():
@@ -77,9 +76,9 @@ def mean_and_error(values):
 
 
 def test_bound_tends_to_the_closed_form_elbo_and_rises_with_j():
-    log_p, x, means = layer_draws(2000, 257, seed=0)
+    x, means = layer_draws(1000, 257, seed=0)
     elbo = closed_form_elbo()
-    bounds = {J: (log_p - log_mix_of(x, means, J)).flatten() for J in (0, 1, 4, 16, 256)}
+    bounds = {J: log_p_of(x) - mixtures_of(x, means[:, : J + 1])[0] for J in (0, 1, 4, 16, 256)}
     ladder = list(bounds.values())
     for lower, higher in itertools.pairwise(ladder):
         rise, error = mean_and_error(higher - lower)  # paired: the same x and nested components
@@ -98,21 +97,51 @@ def test_bound_tends_to_the_closed_form_elbo_and_rises_with_j():
 
 
 def test_weights_against_the_mixture_are_unbiased_for_every_j():
-    # so the bound is Jensen's, below log Z whatever the layer
+    # so the bound is Jensen's, below log Z whatever the layer. A target and means within the noise: light weights
+    narrow = MultivariateNormal(B, 0.4 * TARGET.covariance_matrix)
     for J in (1, 8):
-        log_p, x, means = layer_draws(40_000, J + 1, seed=J)
-        mean, error = mean_and_error((log_p - log_mix_of(x, means, J) - LOG_Z).exp())
-        assert error < 0.05
+        x, means = layer_draws(4000, J + 1, seed=J, spread=0.4)
+        mean, error = mean_and_error((narrow.log_prob(x) - mixtures_of(x, means)[0]).exp())
+        assert error < 0.03
         assert abs(mean - 1) < 4 * error
-    without = math.log(8) - pairwise_log_density(x, means[:, 1:], LOG_SIGMA.expand(len(x), -1)).logsumexp(-1)
+    x, means = layer_draws(4000, 9, seed=8)
     # without the own component it is no lower bound any more
-    mean, error = mean_and_error(log_p + without)
+    mean, error = mean_and_error(log_p_of(x) - mixtures_of(x, means[:, 1:])[0])
     assert mean > closed_form_elbo() + 4 * error
 
 
-def test_bound_of_several_layers_is_that_of_each():
-    log_p, log_mix = randn(3, 10), randn(3, 10, seed=1)
-    torch.testing.assert_close(surrogate_bound(log_p, log_mix)[1], (log_p[1] - log_mix[1]).mean())
+def test_gradient_along_x_is_the_bounds_whole_gradient_in_the_mean_with_less_noise():
+    # In (W, b, log sigma) for J = 2: what it leaves out, the mixture's derivative in its own parameters, has mean zero
+    rounds, J = 5000, 2
+    draws = torch.Generator().manual_seed(4)
+    inputs = torch.randn((rounds, J + 1, 3), dtype=F64, generator=draws)
+    zeta = torch.randn((rounds, 2), dtype=F64, generator=draws)
+    offset = torch.zeros((rounds, 2), dtype=F64, requires_grad=True)  # of b, and of log sigma, one a round
+    stretch = torch.zeros((rounds, 2), dtype=F64, requires_grad=True)
+    means, sigma = inputs @ W.T + B + offset.unsqueeze(1), (LOG_SIGMA + stretch).exp()
+    x = means[:, 0] + sigma * zeta
+    log_mix = Normal(means, sigma.unsqueeze(1)).log_prob(x.unsqueeze(1)).sum(-1).logsumexp(1)
+    whole = torch.cat(torch.autograd.grad((log_p_of(x) - log_mix).sum(), (offset, stretch), retain_graph=True), 1)
+    direction = score(TARGET, x.detach()) - mixtures_of(x.detach(), means.detach())[1]
+    along = torch.cat(torch.autograd.grad(x, (offset, stretch), direction), 1)
+    for parameter in range(4):
+        gap, error = mean_and_error((whole - along)[:, parameter])
+        assert abs(gap) < 4 * error
+    assert bool((along.var(0) < 0.7 * whole.var(0))[2:].all())
+
+
+def test_score_of_the_mixture_is_the_conditionals_in_the_mean_with_less_noise():
+    x, means = layer_draws(4000, 9, seed=5)
+    conditional = (means[:, 0] - x) / (2 * LOG_SIGMA).exp()
+    mixed = mixtures_of(x, means)[1]
+    for critic in (torch.ones_like(x), x, x.square(), torch.sin(3 * x)):
+        for column in range(2):
+            gap, error = mean_and_error(((mixed - conditional) * critic)[:, column])
+            assert abs(gap) < 4 * error
+    assert bool((mixed.var(0) < 0.8 * conditional.var(0)).all())
+    # negative control: without the own component the two differ
+    gap, error = mean_and_error(((mixtures_of(x, means[:, 1:])[1] - conditional) * x)[:, 0])
+    assert abs(gap) > 4 * error
 
 
 def score(normal, x):
@@ -120,8 +149,8 @@ def score(normal, x):
 
 
 def test_fisher_value_at_the_best_critic_is_the_divergence_and_any_other_critic_is_below():
-    _, x, means = layer_draws(100_000, 1, seed=3)
-    x, means = x[:, 0], means[:, 0]
+    x, means = layer_draws(100_000, 1, seed=3)
+    means = means[:, 0]
     difference = score(TARGET, x) + (x - means) / (2 * LOG_SIGMA).exp()
     best = score(TARGET, x) - score(marginal(), x)
     value = float(fisher_minimax(best, difference))

@@ -105,9 +105,37 @@ def test_agreement_counts_independent_draws():
     assert agreement([shifted], 16).r_hat > 1.05
 
 
-def test_the_factor_is_the_covariances_shrunk_a_little():
+def test_the_factor_is_the_covariances_shrunk_as_far_as_noise_goes():
     z = normals(6000, 3) @ CORRELATED.T
     factor = shrunk_factor(z)
     torch.testing.assert_close(factor @ factor.T, CORRELATED @ CORRELATED.T, rtol=0.1, atol=0.1)
     few = shrunk_factor(normals(5, 40))  # fewer particles than dimensions
     assert bool((few.diagonal() > 0.5).all())
+    # a cloud that is N(0, I) already keeps the identity, where its covariance has eigenvalues from 0.1 to 3
+    white = normals(400, 200)
+    factor = shrunk_factor(white)
+    values = torch.linalg.eigvalsh(factor @ factor.T)
+    assert 0.8 < float(values.min()) <= float(values.max()) < 1.2
+    raw = torch.linalg.eigvalsh(white.T.cov())
+    assert float(raw.min()) < 0.2
+    assert float(raw.max()) > 2
+    # one direction 10 times as wide is still seen there
+    white[:, 0] *= 10
+    assert float((shrunk_factor(white) @ shrunk_factor(white).T)[0, 0]) > 50
+
+
+def test_the_clouds_unit_changes_coordinates_and_nothing_else():
+    unit = torch.tensor([[100.0, 0.0], [3.0, 0.01]], dtype=torch.float64)
+    clouds = []
+    for factor in (None, unit):
+        matrix = torch.eye(2, dtype=torch.float64) if factor is None else factor
+        inverse = matrix.inverse()
+        cloud = make_cloud(normals(300, 2) @ matrix.T, 4, torch.Generator().manual_seed(0), factor)
+        heights = lambda z, inverse=inverse: -((z @ inverse.T) ** 4).sum(1)  # noqa: E731
+        slopes = lambda z, inverse=inverse: -4 * (z @ inverse.T) ** 3 @ inverse  # noqa: E731
+        moves = []
+        cloud.on_move = lambda cloud, moves=moves: moves.append(cloud.moves)
+        settle(cloud, heights, slopes, 0.2, 200)
+        assert moves == list(range(1, cloud.moves + 1))
+        clouds.append(cloud.chains.z @ inverse.T)
+    torch.testing.assert_close(clouds[0], clouds[1], rtol=1e-6, atol=1e-6)
