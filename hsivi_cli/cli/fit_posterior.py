@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 METHODS = (
     "auto",
+    "smc",
     "vi",
     "ula",
     "mcd",
@@ -161,7 +162,9 @@ def fit_posterior(
         with fit_directory(save, source, table, settings, draws, resume) as directory:
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
-            if posterior_fit.route != "weights":
+            if method == "smc":
+                console.story("tempering samplers from the prior to the posterior")
+            elif posterior_fit.route != "weights":
                 console.story("moving draws by HMC until they forget their start")
             posterior = draw_posterior(posterior_fit, summary_draws(posterior_fit, draws), seed, progress_lines())
             report = report_on(posterior_fit, posterior, calibration, seed)
@@ -271,6 +274,8 @@ def _print(report: "PosteriorReport") -> None:
         rows[-1] += ("-" if row.khat is None else f"{row.khat:.2f}",)
     how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC and HMC moves", "hmc": "HMC moves"}[report.route]
     # what tempering starts from is the Gaussian, whatever was trained beside it
+    if report.method == "smc":
+        how = report.note
     name = how if report.route == "smc" else f"{report.note or report.method}, corrected by {how}"
     console.result_table(f"{report.n} draws: {name}", rows, header)
     console.result_line("")

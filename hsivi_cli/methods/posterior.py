@@ -38,7 +38,8 @@ from hsivi_cli.methods.heavy_tails import (
 )
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.refine import OnProgress, Refined, affordable_particles, refine, tempered_smc
-from hsivi_cli.targets.density import Density, column_names, flatten_values
+from hsivi_cli.methods.smc_posterior import SAMPLERS, draw_smc, particles_for
+from hsivi_cli.targets.density import Density, column_names, find_parts, flatten_values
 from hsivi_cli.targets.whiten import whiten
 
 GOOD_KHAT, USABLE_KHAT = 0.5, 0.7  # Vehtari et al. 2024: reliable below, and usable up to
@@ -50,6 +51,7 @@ CHEAP = 20_000_000  # responses times draws that are evaluated without a second 
 STATES = 4  # of the cloud after a tempered run: more draws would take more than the run itself
 NEVER = 2**62  # a step takes milliseconds: checkpoints come by the clock and at the end
 AUTO = "gaussian"  # the start itself, untrained
+SMC = "smc"  # from the prior: no start, and nothing to train either
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
 # what chooses (pilots) and what is given out must not share random numbers: the choice would flatter its own draws
 DRAW_SEED, SECOND_SEED, PILOT_SEED, STAGE_SEED = 0x5EED, 0x2ED00000, 0x71107000000, 0x57A6E000000000
@@ -119,6 +121,9 @@ def fit_posterior(
     Raises InputError for options that mean nothing or an improper posterior, RunError where training diverges.
     """
     check_options(options)
+    if options.method == SMC:
+        find_parts(density)  # refuses a density without a prior
+        return Fit(density, options, SMC, raw_start(density.dim), None, route="smc")
     start, modes = find_start(density, options.seed) if not options.paper else (raw_start(density.dim), 1)
     fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
     fit.modes = modes
@@ -153,6 +158,8 @@ def _explore(fit: Fit) -> None:
 
 def draw_posterior(fit: Fit, n: int, seed: int, on_progress: OnProgress = lambda progress: None) -> Posterior:
     """n draws by the fit's route; `seed` names them, other seeds give independent ones."""
+    if fit.method == SMC:
+        return _moved(fit, "smc", draw_smc(fit.density, n, seed), None)
     if fit.route == "smc":
         return _tempered(fit, n, seed, on_progress)
     raw = _raw(fit, n, seed)
@@ -191,6 +198,8 @@ def _tempered(fit: Fit, n: int, seed: int, on_progress: OnProgress) -> Posterior
 
 def summary_draws(fit: Fit, least: int) -> int:
     """How many draws a summary rests on: more than were asked for, where they cost no more than the fit."""
+    if fit.method == SMC:
+        return max(least, SAMPLERS * particles_for(fit.density, SUMMARY_DRAWS))
     most = SUMMARY_DRAWS if fit.route == "weights" else STATES * affordable_particles(fit.density)
     return max(least, affordable_draws(fit.density, 0, min(most, SUMMARY_DRAWS)))
 
@@ -215,7 +224,7 @@ def state_tree(fit: Fit) -> dict[str, Any]:
         "location": fit.start.location,
         "scale_tril": fit.start.scale_tril,
         "start_elbo": [fit.start.elbo, fit.start.elbo_se],
-        "state": {} if fit.method == AUTO else fit.module.state_dict(fit.state),
+        "state": {} if fit.method in (AUTO, SMC) else fit.module.state_dict(fit.state),
         "trace": [list(point) for point in fit.trace],
         "pilot": None if fit.pilot is None else {"log_weight": fit.pilot.log_weight, **_figures(fit.pilot)},
     }
@@ -230,7 +239,7 @@ def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
     elbo, elbo_se = tree["start_elbo"]
     start = GaussianFit(tree["location"], tree["scale_tril"], elbo, elbo_se, "full-rank")
     fit = _init(density, options, tree["method"], start)
-    if fit.method != AUTO:
+    if fit.method not in (AUTO, SMC):
         fit.module.load_state_dict(fit.state, tree["state"])
     fit.route, fit.modes, fit.degrees = tree["route"], tree["modes"], tree["degrees"]
     fit.heavy = tree["heavy"]
@@ -240,7 +249,7 @@ def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
 
 
 def _init(density: Density, options: FitOptions, method: str, start: GaussianFit) -> Fit:
-    if method == AUTO:
+    if method in (AUTO, SMC):
         return Fit(density, options, method, start, None)
     entry = POSTERIOR_METHODS[method]
     target = _white(density, start) if entry.whitened else density

@@ -76,16 +76,24 @@ POSTERIOR_METHODS: dict[str, PosteriorMethod] = {
 _FLAGS = {"steps": None, "lr": None, "bridges": None, "layers": None, "layerwise": False, "covariance": "full-rank"}
 
 
+UNTRAINED = ("auto", "smc")
+"""Methods without a module, which take no training options."""
+
+
 def check_options(options: FitOptions) -> None:
     """Refuse a method that is not there and options that the method would ignore; raises InputError."""
-    if options.method == "auto":
+    if options.method in UNTRAINED:
         taken: frozenset[str] = frozenset()
-        if options.paper:
+        if options.paper and options.method == "auto":
             raise InputError("--paper belongs to one method: name it with --method")
+        if options.paper or (options.method == "smc" and options.refine != "auto"):
+            raise InputError(f"--{'paper' if options.paper else 'refine'} does nothing for --method {options.method}")
     elif options.method in POSTERIOR_METHODS:
         taken = POSTERIOR_METHODS[options.method].takes
     else:
-        raise InputError(f"--method {options.method!r} is unknown: choose auto or {', '.join(POSTERIOR_METHODS)}")
+        raise InputError(
+            f"--method {options.method!r} is unknown: choose {', '.join([*UNTRAINED, *POSTERIOR_METHODS])}"
+        )
     for name, default in _FLAGS.items():
         if getattr(options, name) != default and name not in taken:
             takers = [method for method, entry in POSTERIOR_METHODS.items() if name in entry.takes]

@@ -16,7 +16,7 @@ from hsivi_cli.evaluation.pareto import tail_shape
 from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
 from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
-from hsivi_cli.methods.posterior import AUTO, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior import AUTO, SMC, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
@@ -86,6 +86,8 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         non_finite += math.ceil(n * raw.non_finite / raw.n)
     verdict = _with_tails(judge(n, weights, moves, predictive, calibration, non_finite), fit, posterior)
     verdict = _with_means(verdict, summary)
+    if fit.method == SMC and refined is not None and refined.note:
+        verdict = _lowered(verdict, refined.note)
     shown = raw if raw is not None else fit.pilot if fit.method != AUTO else None
     log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)
     if refined is not None:
@@ -121,10 +123,7 @@ def _with_tails(verdict: Verdict, fit: Fit, posterior: Posterior) -> Verdict:
         return verdict
     more = f" and {len(heavy) - 3} more" if len(heavy) > 3 else ""
     whose = f"the tails of {', '.join(heavy[:3])}{more}" if heavy else "the posterior's tails"
-    text = f"{whose} are so heavy that means, sds and extreme quantiles are not reliable"
-    if verdict.level == "trust":
-        return Verdict("care", (text,), f"use with care: {text}")
-    return Verdict(verdict.level, (*verdict.reasons, text), f"{verdict.line}; {text}")
+    return _lowered(verdict, f"{whose} are so heavy that means, sds and extreme quantiles are not reliable")
 
 
 def _with_means(verdict: Verdict, summary: list[ParameterSummary]) -> Verdict:
@@ -135,7 +134,14 @@ def _with_means(verdict: Verdict, summary: list[ParameterSummary]) -> Verdict:
     worst, name = max(poor)
     more = f" and {len(poor) - 1} more" if len(poor) > 1 else ""
     text = f"the mean of {name}{more} rests on few draws (its k-hat {worst:.2f})"
-    return Verdict("care", (text,), f"use with care: {text}")
+    return _lowered(verdict, text)
+
+
+def _lowered(verdict: Verdict, text: str) -> Verdict:
+    """At most "care", for this reason."""
+    if verdict.level == "trust":
+        return Verdict("care", (text,), f"use with care: {text}")
+    return Verdict(verdict.level, (*verdict.reasons, text), f"{verdict.line}; {text}")
 
 
 def calibrate(

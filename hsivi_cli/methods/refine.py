@@ -59,7 +59,7 @@ class Refined:
     consistent, but too low where the fit covers a fraction of the target.
     `r_hat` compares islands over all coordinates, their squares and the log density (below 1.01 is good, plus
     `r_hat_noise`, what chance alone adds); `ess` is the number of independent draws their agreement amounts to.
-    `particles` is the number of chains. `memory` is the correlation with the start that was left,
+    `particles` is the number of chains. `memory` is the correlation with the start that was left, None if not measured,
     `divergences` counts trajectories. `converged` sums up; `note` says what is amiss.
     """
 
@@ -70,7 +70,7 @@ class Refined:
     smc_log_z_se: float | None
     r_hat: float
     ess: float
-    memory: float
+    memory: float | None
     acceptance: float
     divergences: int
     temperatures: tuple[float, ...]

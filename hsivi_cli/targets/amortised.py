@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.targets.density import Density
-from hsivi_cli.targets.model import OUT_OF_RANGE, Model, density_of, log_values, run_batched
-from hsivi_cli.targets.model_calls import as_double, as_scalar, call_sample_prior, call_simulate, single_draw, user_code
+from hsivi_cli.targets.model import OUT_OF_RANGE, Model, density_of, log_values, prior_sampler, run_batched
+from hsivi_cli.targets.model_calls import as_double, as_scalar, call_simulate, single_draw, user_code
 from hsivi_cli.targets.model_checks import Report, check_model
-from hsivi_cli.targets.supports import Params, constrain_all, coordinate_names, unconstrain_all
+from hsivi_cli.targets.supports import Params, constrain_all, coordinate_names
 from hsivi_cli.targets.user_model import model_maker
 
 BLOCK_ENTRIES = 2_000_000
@@ -158,7 +158,7 @@ def amortise(
         log_prior,
         log_likelihood,
         density_of(model if generated else replace(model, generated=None), name, report).constrain,
-        _prior_sampler(model, name) if model.sample_prior is not None else None,
+        prior_sampler(model, name) if model.sample_prior is not None else None,
         _simulator(model, report, name, observed.shape[1]) if model.simulate is not None else None,
         tuple(coordinate_names(parameters)),
         facts,
@@ -271,25 +271,6 @@ def _same_generated(first: Model, last: Model) -> bool:
                 return False
         return True
     return False
-
-
-def _prior_sampler(model: Model, name: str) -> Sampler:
-    """By vmap where it draws what single calls draw, else draw by draw."""
-    parameters = tuple(model.parameters)
-
-    def varies(vmap: bool) -> list[bool]:
-        drawn = call_sample_prior(model, 4, torch.Generator().manual_seed(0), name, vmap)
-        return [bool((drawn[parameter.name] != drawn[parameter.name][:1]).any()) for parameter in parameters]
-
-    try:
-        vmap = varies(True) == varies(False)  # numpy's numbers would be the same in every row
-    except RunError:
-        vmap = False
-
-    def draw(n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
-        return unconstrain_all(parameters, call_sample_prior(model, n, generator, name, vmap))
-
-    return draw
 
 
 def _simulator(model: Model, report: Report, name: str, size: int) -> Simulator:

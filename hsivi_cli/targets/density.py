@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hsivi_cli.errors import InputError
+
 Batch = Float[Tensor, "n d"]
 Linearised = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
@@ -28,6 +30,18 @@ class Predictive:
     condition: Callable[[Float[Tensor, " N"]], "Density"] | None = None
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Prior and likelihood apart: `sample_prior(n, generator)` draws (n, d), the others map (n, d) to (n,).
+
+    Their sum is the log density; `log_prior` includes the log Jacobian. Impossible points are -inf in either.
+    """
+
+    sample_prior: Callable[[int, torch.Generator], Batch]
+    log_prior: Callable[[Batch], Float[Tensor, " n"]]
+    log_likelihood: Callable[[Batch], Float[Tensor, " n"]]
+
+
 def _as_z(z: Batch) -> dict[str, Tensor]:
     return {"z": z}
 
@@ -43,7 +57,8 @@ class Density:
     sampler of exact draws. `linearise(z)`, where given, is the gradient at the rows of an array and the product
     `v -> H v` with the Hessian there, as new arrays (at a single row, for any number of rows v): what the adjoint of a
     Langevin path and Newton's steps are fastest with. Without a
-    `proper_prior` (with a flat one) the integral is no evidence.
+    `proper_prior` (with a flat one) the integral is no evidence. `parts` where the model itself tells prior and
+    likelihood apart (`find_parts` has them of a pointwise likelihood, too).
     """
 
     name: str
@@ -58,6 +73,7 @@ class Density:
     initial: Float[Tensor, " d"] | None = field(default=None)
     linearise: Callable[[np.ndarray], Linearised] | None = None
     proper_prior: bool = True
+    parts: Parts | None = None
 
     def gradient(self, z: Batch) -> Batch:
         """Gradient of `log_prob` at each row; differentiable once more where `z` asks for gradients."""
@@ -78,6 +94,25 @@ class Density:
             value = self.log_prob(point)
             (gradient,) = torch.autograd.grad(value.sum(), point)
         return value.detach(), gradient
+
+
+def find_parts(density: Density) -> Parts:
+    """Prior and likelihood of a density apart. Raises InputError where it does not tell, or the prior is improper."""
+    if density.parts is not None:
+        return density.parts
+    predictive = density.predictive
+    if not density.proper_prior:
+        raise InputError(f"{density.name}: draws from the prior are needed, and a flat prior has none: see --prior")
+    if predictive is None or predictive.log_likelihood is None or predictive.prior is None:
+        missing = "a prior to draw from" if predictive is not None and predictive.log_likelihood else "a likelihood"
+        raise InputError(f"{density.name}: this method needs {missing}: in a model, give sample_prior=...")
+    pointwise = predictive.log_likelihood
+
+    def log_likelihood(z: Batch) -> Float[Tensor, " n"]:
+        return pointwise(z).sum(1)
+
+    # where the likelihood has underflowed the difference is no number, which counts as impossible
+    return Parts(predictive.prior, lambda z: density.log_prob(z) - log_likelihood(z), log_likelihood)
 
 
 def column_names(values: dict[str, Float[Tensor, "n ..."]]) -> list[str]:

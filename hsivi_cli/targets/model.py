@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.targets.density import Batch, Density, Predictive
+from hsivi_cli.targets.density import Batch, Density, Parts, Predictive
 from hsivi_cli.targets.model_calls import as_double, as_scalar, call_sample_prior, call_simulate, describe, user_code
 from hsivi_cli.targets.model_checks import Report, check_model
 from hsivi_cli.targets.supports import Parameter, Params, constrain_all, unconstrain_all
@@ -144,7 +144,30 @@ def density_of(model: Model, name: str = "model", report: Report | None = None) 
         constrain,
         predictive=_predictive(model, name, report),
         facts=(f"priors: as log_prior of {name} has them", *report.facts),
+        parts=_parts(model, name, report),
     )
+
+
+def _parts(model: Model, name: str, report: Report) -> Parts | None:
+    """Prior and likelihood apart, where the model can draw from its prior."""
+    if model.sample_prior is None:
+        return None
+    parameters = tuple(model.parameters)
+
+    def term(function: Callable[[Params], Any], values: dict[str, Tensor], blamed: Any) -> Float[Tensor, " n"]:
+        def one(row: dict[str, Tensor]) -> Tensor:
+            return as_scalar(function(Params(row)))
+
+        return log_values(one, values, report.observations, report.vmap, name, (blamed,))
+
+    def log_prior(z: Batch) -> Float[Tensor, " n"]:
+        values, log_jacobian = constrain_all(parameters, z)
+        return term(model.prior_term, values, model.log_prior) + log_jacobian
+
+    def log_likelihood(z: Batch) -> Float[Tensor, " n"]:
+        return term(model.likelihood_term, constrain_all(parameters, z)[0], model.log_likelihood)
+
+    return Parts(prior_sampler(model, name), log_prior, log_likelihood)
 
 
 def _generated(model: Model) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -232,3 +255,22 @@ def _predictive(model: Model, name: str, report: Report) -> Predictive | None:
         prior if model.sample_prior is not None else None,
         condition if model.takes_response else None,
     )
+
+
+def prior_sampler(model: Model, name: str) -> Callable[[int, torch.Generator], Batch]:
+    """Draws from the prior, by vmap where it draws what single calls draw, else draw by draw."""
+    parameters = tuple(model.parameters)
+
+    def varies(vmap: bool) -> list[bool]:
+        drawn = call_sample_prior(model, 4, torch.Generator().manual_seed(0), name, vmap)
+        return [bool((drawn[parameter.name] != drawn[parameter.name][:1]).any()) for parameter in parameters]
+
+    try:
+        vmap = varies(True) == varies(False)  # numpy's numbers would be the same in every row
+    except RunError:
+        vmap = False
+
+    def draw(n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+        return unconstrain_all(parameters, call_sample_prior(model, n, generator, name, vmap))
+
+    return draw

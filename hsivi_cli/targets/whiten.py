@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.density import Batch, Density, Linearised, Predictive
+from hsivi_cli.targets.density import Batch, Density, Linearised, Parts, Predictive
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def whiten(
         linearise=_linearised(density.linearise, affine),
         predictive=None if density.predictive is None else _transported(density.predictive, affine),
         exact_draws=None if exact_draws is None else lambda n, generator: affine.inverse(exact_draws(n, generator)),
+        parts=None if density.parts is None else _parts(density.parts, affine),
         initial=None if density.initial is None else affine.inverse(density.initial.double()[None])[0],
     )
 
@@ -100,6 +101,15 @@ def _transported(predictive: Predictive, affine: Affine) -> Predictive:
         condition=None
         if condition is None
         else lambda response: whiten(condition(response), affine.location, affine.scale),
+    )
+
+
+def _parts(parts: Parts, affine: Affine) -> Parts:
+    """Prior and likelihood seen from u; the Jacobian belongs to the prior."""
+    return Parts(
+        lambda n, generator: affine.inverse(parts.sample_prior(n, generator)),
+        lambda u: parts.log_prior(affine.forward(u)) + affine.log_det,
+        lambda u: parts.log_likelihood(affine.forward(u)),
     )
 
 

@@ -169,9 +169,9 @@ def test_sbc_is_reported(table, capsys):
 
 def test_the_registry_and_the_choices_agree():
     from hsivi_cli.cli.fit_posterior import METHODS
-    from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS
+    from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, UNTRAINED
 
-    assert set(METHODS) == {"auto", *POSTERIOR_METHODS}
+    assert set(METHODS) == {*UNTRAINED, *POSTERIOR_METHODS}
 
 
 def test_bad_input(table, tmp_path, capsys):
