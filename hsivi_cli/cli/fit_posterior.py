@@ -22,6 +22,7 @@ SECONDS_BETWEEN_LINES = 10.0
 METHODS = (
     "auto",
     "smc",
+    "smc-wake",
     "vi",
     "ula",
     "mcd",
@@ -162,7 +163,7 @@ def fit_posterior(
         with fit_directory(save, source, table, settings, draws, resume) as directory:
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
-            if method == "smc":
+            if method in ("smc", "smc-wake") and posterior_fit.route == "smc":
                 console.story("tempering samplers from the prior to the posterior")
             elif posterior_fit.route != "weights":
                 console.story("moving draws by HMC until they forget their start")
@@ -274,7 +275,7 @@ def _print(report: "PosteriorReport") -> None:
         rows[-1] += ("-" if row.khat is None else f"{row.khat:.2f}",)
     how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC and HMC moves", "hmc": "HMC moves"}[report.route]
     # what tempering starts from is the Gaussian, whatever was trained beside it
-    if report.method == "smc":
+    if report.method in ("smc", "smc-wake") and report.route == "smc":
         how = report.note
     name = how if report.route == "smc" else f"{report.note or report.method}, corrected by {how}"
     console.result_table(f"{report.n} draws: {name}", rows, header)

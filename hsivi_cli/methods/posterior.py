@@ -52,6 +52,7 @@ STATES = 4  # of the cloud after a tempered run: more draws would take more than
 NEVER = 2**62  # a step takes milliseconds: checkpoints come by the clock and at the end
 AUTO = "gaussian"  # the start itself, untrained
 SMC = "smc"  # from the prior: no start, and nothing to train either
+FROM_PRIOR = (SMC, "smc-wake")  # these need no Gaussian start, and temper from the prior
 MOST_WALKS = 8  # raw draws a final one, at most, to make up for uneven weights
 # what chooses (pilots) and what is given out must not share random numbers: the choice would flatter its own draws
 DRAW_SEED, SECOND_SEED, PILOT_SEED, STAGE_SEED = 0x5EED, 0x2ED00000, 0x71107000000, 0x57A6E000000000
@@ -124,7 +125,8 @@ def fit_posterior(
     if options.method == SMC:
         find_parts(density)  # refuses a density without a prior
         return Fit(density, options, SMC, raw_start(density.dim), None, route="smc")
-    start, modes = find_start(density, options.seed) if not options.paper else (raw_start(density.dim), 1)
+    raw = options.paper or options.method in FROM_PRIOR
+    start, modes = (raw_start(density.dim), 1) if raw else find_start(density, options.seed)
     fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
     fit.modes = modes
     if fit.method == AUTO:
@@ -158,7 +160,7 @@ def _explore(fit: Fit) -> None:
 
 def draw_posterior(fit: Fit, n: int, seed: int, on_progress: OnProgress = lambda progress: None) -> Posterior:
     """n draws by the fit's route; `seed` names them, other seeds give independent ones."""
-    if fit.method == SMC:
+    if fit.route == "smc" and fit.method in FROM_PRIOR:
         return _moved(fit, "smc", draw_smc(fit.density, n, seed), None)
     if fit.route == "smc":
         return _tempered(fit, n, seed, on_progress)
@@ -198,7 +200,7 @@ def _tempered(fit: Fit, n: int, seed: int, on_progress: OnProgress) -> Posterior
 
 def summary_draws(fit: Fit, least: int) -> int:
     """How many draws a summary rests on: more than were asked for, where they cost no more than the fit."""
-    if fit.method == SMC:
+    if fit.route == "smc" and fit.method in FROM_PRIOR:
         return max(least, SAMPLERS * particles_for(fit.density, SUMMARY_DRAWS))
     most = SUMMARY_DRAWS if fit.route == "weights" else STATES * affordable_particles(fit.density)
     return max(least, affordable_draws(fit.density, 0, min(most, SUMMARY_DRAWS)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.methods import gaussian_vi, hsivi_lb, hsivi_sm_posterior, langevin_vi
+from hsivi_cli.methods import gaussian_vi, hsivi_lb, hsivi_sm_posterior, langevin_vi, smc_wake
 from hsivi_cli.targets.density import Density
 
 
@@ -64,11 +64,16 @@ def _hsivi(module: Any) -> Callable[[FitOptions, Density], Any]:
     return configure
 
 
+def _wake(options: FitOptions, density: Density) -> smc_wake.Config:
+    return smc_wake.Config(seed=options.seed, **_given(steps=options.steps, lr=options.lr))
+
+
 _PATH = frozenset({"steps", "lr", "bridges"})
 _LAYERED = frozenset({"steps", "lr", "layers", "layerwise"})
 
 POSTERIOR_METHODS: dict[str, PosteriorMethod] = {
     "vi": PosteriorMethod(gaussian_vi, _gaussian, frozenset({"steps", "lr", "covariance"}), whitened=False),
+    "smc-wake": PosteriorMethod(smc_wake, _wake, frozenset({"steps", "lr"}), whitened=False),
     **{kind: PosteriorMethod(langevin_vi, _langevin(kind), _PATH) for kind in langevin_vi.KINDS if kind != "vi"},
     "hsivi-lb": PosteriorMethod(hsivi_lb, _hsivi(hsivi_lb), _LAYERED),
     "hsivi-sm": PosteriorMethod(hsivi_sm_posterior, _hsivi(hsivi_sm_posterior), _LAYERED),
@@ -89,6 +94,8 @@ def check_options(options: FitOptions) -> None:
         if options.paper or (options.method == "smc" and options.refine != "auto"):
             raise InputError(f"--{'paper' if options.paper else 'refine'} does nothing for --method {options.method}")
     elif options.method in POSTERIOR_METHODS:
+        if options.paper and options.method == "smc-wake":
+            raise InputError("--paper does nothing for --method smc-wake")
         taken = POSTERIOR_METHODS[options.method].takes
     else:
         raise InputError(

@@ -16,7 +16,7 @@ from hsivi_cli.evaluation.pareto import tail_shape
 from hsivi_cli.evaluation.posterior_summary import ParameterSummary, summarise
 from hsivi_cli.evaluation.predictive_check import PredictiveCheck, check_predictive
 from hsivi_cli.evaluation.verdict import Moves, Verdict, Weights, judge
-from hsivi_cli.methods.posterior import AUTO, SMC, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
+from hsivi_cli.methods.posterior import AUTO, FROM_PRIOR, USABLE_KHAT, Fit, Posterior, draw_posterior, fit_posterior
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
@@ -86,7 +86,7 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         non_finite += math.ceil(n * raw.non_finite / raw.n)
     verdict = _with_tails(judge(n, weights, moves, predictive, calibration, non_finite), fit, posterior)
     verdict = _with_means(verdict, summary)
-    if fit.method == SMC and refined is not None and refined.note:
+    if posterior.route == "smc" and fit.method in FROM_PRIOR and refined is not None and refined.note:
         verdict = _lowered(verdict, refined.note)
     shown = raw if raw is not None else fit.pilot if fit.method != AUTO else None
     log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)

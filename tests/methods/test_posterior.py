@@ -69,7 +69,7 @@ def test_auto_is_exact_for_a_gaussian(tmp_path):
     json.dumps(report.to_json(), allow_nan=False)
 
 
-@pytest.mark.parametrize("method", sorted(POSTERIOR_METHODS))
+@pytest.mark.parametrize("method", sorted(set(POSTERIOR_METHODS) - {"smc-wake"}))  # which needs a prior
 def test_every_method_runs_through_weights_and_comes_back_from_disk(method, tmp_path):
     density, _, _ = gaussian()
     extra = {"bridges": 2} if "bridges" in POSTERIOR_METHODS[method].takes else {}
