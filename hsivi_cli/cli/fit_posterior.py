@@ -1,5 +1,6 @@
 """`hsivi fit-posterior`: draws, a summary and an honest verdict, from a table and a formula or from a user's model."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -285,10 +286,10 @@ def _print(report: "PosteriorReport") -> None:
         facts.append(
             f"k-hat {report.khat:.2f}" + (f" of {report.method} before moves" if report.route != "weights" else "")
         )
-    if report.elbo is not None:
-        facts.append(f"ELBO {report.elbo:.3f} ({report.elbo_se:.2g})")
+    if report.elbo is not None and math.isfinite(report.elbo):
+        facts.append(f"ELBO {report.elbo:.3f}{_error(report.elbo_se)}")
     if report.log_z is not None:
-        facts.append(f"log Z {report.log_z:.3f} ({report.log_z_se:.2g})")
+        facts.append(f"log Z {report.log_z:.3f}{_error(report.log_z_se)}")
     if report.modes > 1:
         facts.append(f"{report.modes} modes")
     if report.predictive is not None:
@@ -298,6 +299,10 @@ def _print(report: "PosteriorReport") -> None:
         facts.append(f"calibration: {found.replications} refits, {'passed' if found.passed else 'failed'}")
     console.result_line("; ".join(facts))
     console.result_line(report.verdict.line)
+
+
+def _error(se: float | None) -> str:
+    return "" if se is None else f" ({se:.2g})"
 
 
 def _list_examples(as_json: bool) -> None:

@@ -15,7 +15,7 @@ def sample_fit(
     from hsivi_cli.io.draw_files import open_draws
     from hsivi_cli.methods.posterior import draw_posterior
     from hsivi_cli.methods.posterior_report import report_on
-    from hsivi_cli.methods.posterior_store import load_fit
+    from hsivi_cli.methods.posterior_store import load_fit, with_verdict_of_fit
 
     count = DEFAULT_DRAWS if n is None else n
     options.resolve_device("cpu", threads)
@@ -24,5 +24,5 @@ def sample_fit(
         fit = load_fit(path, model)
         # fewer could not be judged; only those asked for are written
         posterior = draw_posterior(fit, max(count, JUDGED), seed, progress_lines())
-        report = report_on(fit, posterior, None, seed)
+        report = with_verdict_of_fit(path, report_on(fit, posterior, None, seed))
     show(report, posterior, count, destination, as_json, {"out": out, "fit": str(path)})

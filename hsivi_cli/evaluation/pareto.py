@@ -14,8 +14,10 @@ from torch import Tensor
 
 from hsivi_cli.errors import RunError
 
+MANY_DRAWS = 500  # enough to say that no weight stands out
 FEW_DRAWS = 25  # fewer give a tail of at most 4 weights: no shape can be fitted to that
 _SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # weights below that, relative to the largest, are no tail
+_EVEN = math.log(2.0)  # no weight above twice the average: whatever the shape of such a tail, it carries nothing
 _EQUAL = 1e-9  # log weights that differ by less are equal up to rounding
 
 
@@ -23,11 +25,12 @@ _EQUAL = 1e-9  # log weights that differ by less are equal up to rounding
 class Smoothed:
     """Normalised log weights (their exponentials sum to 1), the upper tail smoothed, and what the raw ones say.
 
-    `khat` is the shape of the tail: below 0.5 the weights have a finite variance; it is 0 where the largest weights
-    are equal (no tail at all), and infinite where no tail can be fitted (fewer than 25 draws, or nearly all weights
-    negligible). `ess` is `1 / sum w^2` of the smoothed weights. `log_z` (log of the mean raw weight, which is unbiased
-    before the log) and `elbo` (mean raw log weight) come with their standard errors. `non_finite` counts weights that
-    are NaN or +inf: those count as zero, and as a reason for distrust.
+    `khat` is the shape of the tail: below 0.5 the weights have a finite variance; it is 0 where the largest are equal,
+    or none of 500 or more is above twice the average (no tail to speak of), and infinite where no tail can be fitted
+    (fewer than 25 draws, or nearly all weights negligible). `ess` is `1 / sum w^2` of the smoothed weights. `log_z`
+    (log of the mean raw weight, which is unbiased before the log) and `elbo` (mean raw log weight) come with their
+    standard errors. `non_finite` counts weights that are NaN or +inf: those count as zero, and are a reason for
+    distrust.
     """
 
     log_weight: Float64[Tensor, " n"]
@@ -111,8 +114,9 @@ def _smooth_tail(log_ratio: Float64[Tensor, " n"]) -> tuple[Float64[Tensor, " n"
     length = math.ceil(min(n / 5, 3 * math.sqrt(n)))
     value, order = log_ratio.sort()
     cutoff = max(float(value[-length - 1]), _SMALLEST)
-    if cutoff > -_EQUAL:  # the largest weights are all the same: bounded, nothing to smooth
-        return log_ratio, 0.0
+    even = n >= MANY_DRAWS and math.log(n) - float(log_ratio.logsumexp(0)) < _EVEN
+    if cutoff > -_EQUAL or even:
+        return log_ratio, 0.0  # the largest weights are all the same, or none stands out: nothing to smooth
     in_tail = value > cutoff
     tail = value[in_tail]
     if len(tail) <= 4:

@@ -22,11 +22,10 @@ ESS_GOOD, ESS_BAD = 400, 20  # 400: Vehtari et al. 2021; below 20 not even a mea
 RHAT_GOOD, RHAT_BAD = 1.01, 1.05
 ACCEPTANCE_GOOD, ACCEPTANCE_BAD = 0.3, 0.05
 MEMORY_GOOD, MEMORY_BAD = 0.1, 0.3
-DRIFT_GOOD = 0.2
 NON_FINITE_BAD = 0.01
 FEW_REFITS = 100
 _ORDER: dict[Level, int] = {"trust": 0, "care": 1, "no": 2}
-_WORDS: dict[Level, str] = {"trust": "trust", "care": "use with care", "no": "do not use"}
+WORDS: dict[Level, str] = {"trust": "trust", "care": "use with care", "no": "do not use"}
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,16 @@ class Moves:
     """What refining says; None where it was not measured.
 
     `ess` the smallest over parameters, `rhat` the largest, `acceptance` the mean rate of the last stage. `memory`: the
-    largest correlation over parameters between where a particle started and where it ended. `drift`: the largest
-    distance between the mean before and after, in posterior sd. `noise`: what R-hat exceeds 1 by through chance alone,
-    where chains, or islands of particles, are short or small.
+    largest correlation over parameters between where a particle started and where it ended. `noise`: what R-hat exceeds
+    1 by through chance alone, where chains, or islands of particles, are short or small. `chains`: how many, where few
+    chains leave a correlation by chance.
     """
 
     ess: float | None = None
     rhat: float | None = None
     acceptance: float | None = None
     memory: float | None = None
-    drift: float | None = None
+    chains: int | None = None
     noise: float = 0.0
 
 
@@ -92,12 +91,10 @@ def judge(
     carriers = [found for found in (weights and _of_weights(draws, weights), moves and _of_moves(moves)) if found]
     findings = min(carriers, key=_worst) if carriers else [_Finding("care", _UNCHECKED)]
     supported = bool(carriers) and _worst(findings) < _ORDER["no"]
-    if weights and moves and moves.drift is not None and moves.drift > DRIFT_GOOD and weights.khat <= KHAT_BAD:
-        findings = [*findings, _Finding("care", f"refining moved a mean by {moves.drift:.2f} sd against the weights")]
     findings = [*findings, *_of_checks(draws, predictive, calibration, non_finite, supported)]
     level = max((finding.level for finding in findings), key=_ORDER.__getitem__)
     reasons = tuple(finding.text for finding in findings if finding.level == level)
-    return Verdict(level, reasons, f"{_WORDS[level]}: {'; '.join(reasons)}")
+    return Verdict(level, reasons, f"{WORDS[level]}: {'; '.join(reasons)}")
 
 
 def khat_limit(draws: int) -> float:
@@ -131,7 +128,8 @@ def _of_moves(moves: Moves) -> list[_Finding]:
         text = f"R-hat {moves.rhat:.3f}"
         found.append(_Finding(level, text if level == "trust" else f"{text} is above {limit:.3g}: chains disagree"))
     if moves.memory is not None:
-        level = _grade(moves.memory, MEMORY_GOOD, MEMORY_BAD)
+        chance = 0.0 if moves.chains is None else 4 / math.sqrt(moves.chains)  # no correlation is not measured as 0
+        level = _grade(moves.memory, max(MEMORY_GOOD, chance), max(MEMORY_BAD, chance))
         text = f"correlation {moves.memory:.2f} with the start"
         found.append(_Finding(level, text if level == "trust" else f"{text}: refine for longer"))
     if not found:

@@ -12,6 +12,8 @@ from hsivi_cli.targets.density import Density
 
 SEARCHED = 30  # dimensions up to which wide climbs pay: beyond, no random start is near another mode
 FAR = (5.0, 20.0)  # standard deviations of the mode from which wide climbs start
+ALONG = (4.0, 8.0, 12.0)  # standard deviations along each principal axis, in few dimensions
+AXES_SEARCHED = 5
 PAIRS = 3  # at each of these distances
 NEGLIGIBLE = math.log(1e-4)  # of the highest mode's mass
 
@@ -42,9 +44,13 @@ def raw_start(dim: int) -> GaussianFit:
 
 
 def _wide_climbs(density: Density, mode: Mode, seed: int) -> list[Float64[Tensor, " d"]]:
-    """Summits above points far around the mode, in mirrored pairs."""
+    """Summits above points far around the mode: mirrored pairs in random directions, and along the principal axes."""
     generator = torch.Generator().manual_seed(seed)
     u = torch.cat([far * torch.randn(PAIRS, density.dim, generator=generator, dtype=torch.float64) for far in FAR])
+    if density.dim <= AXES_SEARCHED:
+        u = torch.cat([u, *(far * torch.eye(density.dim, dtype=torch.float64) for far in ALONG)])
+        rotation = torch.linalg.svd(mode.scale_tril).Vh  # rows: the principal axes in the coordinates of u
+        u[-len(ALONG) * density.dim :] = u[-len(ALONG) * density.dim :] @ rotation
     starts = mode.location + torch.cat([u, -u]) @ mode.scale_tril.T
     starts = starts[density.log_prob(starts).isfinite()]
     if not len(starts):

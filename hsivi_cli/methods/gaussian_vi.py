@@ -239,9 +239,13 @@ def step(state: State, batch: Tensor | None, generator: torch.Generator) -> dict
     fitted = _compose(state.base, shift, log_diagonal, lower)
     z = fitted.forward(u)
     elbo = density.log_prob(z) - gaussian_log_prob(z, fitted.location, fitted.scale)
+    possible = elbo > -math.inf  # one draw of density zero among many must not end a run
+    if not bool(possible.any()):
+        raise RunError("diverged: the density is zero at every draw; use a lower --lr")
     # sticking the landing: the path derivative of log p - log q, with grad log q(z) = -scale^-T u
     factor = lower.tril(-1) + log_diagonal.exp().diag()
     pulled = state.base.pull_back(density.gradient(z)) + torch.linalg.solve_triangular(factor.T, u.T, upper=True).T
+    elbo, pulled, u = elbo[possible], pulled[possible], u[possible]
     d_factor = pulled.T @ u / len(u)
     gradients = [pulled.mean(0), d_factor.diagonal() * log_diagonal.exp(), d_factor.tril(-1)]
     for parameter, gradient in zip(state.parameters, gradients, strict=False):

@@ -1,6 +1,7 @@
 """A multivariate Student t around a fitted Gaussian: importance weights stay bounded where the posterior's tails are
 heavier than a Gaussian's, as those of every regression with an unknown scale are."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.errors import RunError
 from hsivi_cli.evaluation.pareto import Smoothed, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.gaussian_vi import GaussianFit
@@ -19,16 +21,47 @@ DEGREES = (0, 50, 20, 8, 4, 2, 1)  # 0: the Gaussian itself
 FEW_DEGREES = (0, 8, 4)  # where the data are so many that draws are dear, and the posterior nearly Gaussian
 SAFE = 0.4  # a k-hat that other draws will not lift above 0.5
 UNUSABLE = 0.7
+NEAR = 30.0  # standard deviations along a coordinate, where its tail has begun
+MOST_AXES = 100
 WIDE = (3, 3.0)  # degrees and scale of a probe for mass where no proposal looks
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """Draws of one proposal and their weights."""
+    """Draws of one proposal and their weights; `probe` marks the wide one, which is no candidate to draw from."""
 
     degrees: int
     draws: Draws
     weights: Smoothed
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What pilots around a Gaussian say of it: the `start` to go on with, widened where mass was `missed`, the best
+    proposal, whether the variance seems infinite (`heavy`), and `least_log_z`, what the log evidence surely exceeds
+    (the largest estimate less 3 standard errors).
+    """
+
+    start: GaussianFit
+    chosen: Pilot
+    missed: bool
+    heavy: bool
+    least_log_z: float
+
+
+def explore(density: Density, start: GaussianFit, count: int, seed: int, choices: tuple[int, ...]) -> Exploration:
+    """Draw `count` from each proposal and compare. Raises RunError if the density is finite at no draw."""
+    seeds = itertools.count(seed)
+    with torch.no_grad():
+        pilots = run_pilots(density, start, lambda: NoiseStreams(next(seeds), range(count)), choices)
+        heavy = infinite_variance(pilots) or heavy_axis(density, start)
+    if not any(not pilot.probe for pilot in pilots):
+        raise RunError(f"the log density of {density.name} is finite at none of the draws around its fit")
+    chosen = best_degrees(pilots)
+    missed = contradiction(chosen, pilots)
+    least = max(pilot.weights.log_z - 3 * pilot.weights.log_z_se for pilot in pilots)
+    return Exploration(start if missed is None else widened(start, missed), chosen, missed is not None, heavy, least)
 
 
 def student_t_draws(density: Density, start: GaussianFit, degrees: int, noise: NoiseStreams) -> Draws:
@@ -69,14 +102,14 @@ def run_pilots(
         draws = student_t_draws(density, base, degrees, noise())
         assert draws.log_weight is not None
         if bool((draws.log_weight > -math.inf).any()):
-            found.append(Pilot(degrees, draws, smooth_weights(draws.log_weight)))
+            found.append(Pilot(degrees, draws, smooth_weights(draws.log_weight), probe=base is wide))
     return found
 
 
 def best_degrees(pilots: list[Pilot]) -> Pilot:
     """Of the pilots but the wide probe, the one with the most even weights among those with a safe tail; where none is
     safe, the one with the best tail."""
-    own = pilots[:-1] or pilots
+    own = [pilot for pilot in pilots if not pilot.probe]
     safe = [pilot for pilot in own if pilot.weights.khat < SAFE]
     if safe:
         return max(safe, key=lambda pilot: pilot.weights.ess)
@@ -87,13 +120,13 @@ def contradiction(chosen: Pilot, pilots: list[Pilot]) -> Pilot | None:
     """A pilot with heavier tails that found what `chosen` has not: more evidence than the errors of both allow, or
     weights out of hand, which heavier tails alone can only tame. None if there is none."""
     for pilot in pilots:
-        heavier = pilot is pilots[-1] or (pilot.degrees and (not chosen.degrees or pilot.degrees < chosen.degrees))
+        heavier = pilot.probe or (pilot.degrees and (not chosen.degrees or pilot.degrees < chosen.degrees))
         if not heavier:
             continue
         error = math.hypot(pilot.weights.log_z_se, chosen.weights.log_z_se)
         more = pilot.weights.log_z - chosen.weights.log_z > 4 * error + 0.05
         doubt = (1 + pilot.weights.khat) / math.sqrt(3 * math.sqrt(pilot.weights.n))  # k-hat's own error, from its tail
-        wild = pilot.weights.khat - doubt > UNUSABLE and pilot.weights.ess > 20 and pilot is not pilots[-1]
+        wild = pilot.weights.khat - doubt > UNUSABLE and pilot.weights.ess > 20 and not pilot.probe
         if more or wild:
             return pilot
     return None
@@ -105,12 +138,26 @@ def infinite_variance(pilots: list[Pilot]) -> bool:
     Against a t(4) the weights at distance r of a tail of index nu grow as r^(4 - nu): those of the farthest draws are
     then larger than the average one. (k-hat would not do: in many dimensions the two disagree everywhere.)
     """
-    for pilot in pilots[:-1]:
-        if pilot.degrees == 4 and pilot.draws.log_approx is not None:
+    for pilot in pilots:
+        if not pilot.probe and pilot.degrees == 4 and pilot.draws.log_approx is not None:
             farthest = pilot.draws.log_approx.argsort()[: max(10, pilot.weights.n // 200)]
             weight = pilot.weights.log_weight.exp()
             return float(weight[farthest].mean()) > float(weight.mean())
     return False
+
+
+def heavy_axis(density: Density, start: GaussianFit) -> bool:
+    """Whether the density falls no faster along some coordinate, the others fixed, than a t with 2 degrees of freedom.
+
+    Between distances r and 10 r such a log density falls by less than 3 log 10; one heavy coordinate among many light
+    ones cannot be seen by weights in the joint distance.
+    """
+    spread = start.scale_tril.square().sum(1).sqrt()
+    axes = spread.diag()[:MOST_AXES]
+    rays = torch.cat([axes, -axes])
+    near, far = (density.log_prob(start.location + distance * rays) for distance in (NEAR, 10 * NEAR))
+    falls = near - far
+    return bool((falls.isfinite() & (falls < 3 * math.log(10))).any())
 
 
 def widened(start: GaussianFit, pilot: Pilot) -> GaussianFit:

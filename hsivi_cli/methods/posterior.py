@@ -5,7 +5,6 @@ and corrects by importance weights where they are good; otherwise it tempers fro
 moves. Every other method is trained, and its draws are corrected in the same two ways.
 """
 
-import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -19,23 +18,14 @@ from torch import Tensor
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.errors import InputError, InterruptError, RunError
+from hsivi_cli.errors import InputError, InterruptError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
 from hsivi_cli.methods import langevin_vi
 from hsivi_cli.methods.gaussian_start import find_start, raw_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
-from hsivi_cli.methods.heavy_tails import (
-    DEGREES,
-    FEW_DEGREES,
-    best_degrees,
-    contradiction,
-    infinite_variance,
-    run_pilots,
-    student_t_draws,
-    widened,
-)
+from hsivi_cli.methods.heavy_tails import DEGREES, FEW_DEGREES, explore, student_t_draws
 from hsivi_cli.methods.posterior_registry import POSTERIOR_METHODS, FitOptions, check_options
 from hsivi_cli.methods.refine import OnProgress, Refined, affordable_particles, refine, tempered_smc
 from hsivi_cli.methods.smc_posterior import SAMPLERS, draw_smc, particles_for
@@ -65,7 +55,7 @@ class Fit:
     `route` says how draws are corrected: "weights", "hmc" or "smc". `modes` counts the modes that were found,
     `degrees` are those of the Student t that `auto` draws from (0: the Gaussian),
     `pilot` what the weights of the method's own first draws say, `missed` whether heavier tails found more mass,
-    `heavy` whether the posterior's variance seems infinite.
+    `heavy` whether the posterior's variance seems infinite, `least_log_z` what the log evidence surely exceeds.
     """
 
     density: Density
@@ -79,6 +69,7 @@ class Fit:
     pilot: Smoothed | None = None
     missed: bool = False
     heavy: bool = False
+    least_log_z: float = -math.inf
     trace: list[tuple[int, float]] = field(default_factory=list)
 
     @property
@@ -125,13 +116,21 @@ def fit_posterior(
     if options.method == SMC:
         find_parts(density)  # refuses a density without a prior
         return Fit(density, options, SMC, raw_start(density.dim), None, route="smc")
-    raw = options.paper or options.method in FROM_PRIOR
-    start, modes = (raw_start(density.dim), 1) if raw else find_start(density, options.seed)
-    fit = _init(density, options, AUTO if options.method == "auto" else options.method, start)
-    fit.modes = modes
-    if fit.method == AUTO:
-        _explore(fit)
+    method = AUTO if options.method == "auto" else options.method
+    if options.paper or method in FROM_PRIOR:
+        fit = _init(density, options, method, raw_start(density.dim))
     else:
+        start, modes = find_start(density, options.seed)
+        count = affordable_draws(density, LEAST_PILOT, PILOT)
+        choices = DEGREES if count > LEAST_PILOT else FEW_DEGREES
+        found = explore(density, start, count, options.seed ^ PILOT_SEED, choices)
+        # several modes are spanned already; they are tempered between anyhow
+        fit = _init(density, options, method, found.start if modes == 1 else start)
+        fit.modes, fit.missed = modes, found.missed and modes == 1
+        fit.heavy, fit.least_log_z = found.heavy, found.least_log_z
+        if method == AUTO:
+            fit.degrees, fit.pilot = found.chosen.degrees, found.chosen.weights
+    if method != AUTO:
         resume = resume and (directory / CHECKPOINT).is_file()
         if options.paper and fit.module is langevin_vi and not resume:
             fit.state = _published_state(fit, on_log)
@@ -139,23 +138,6 @@ def fit_posterior(
         fit.pilot = _weights(_raw(fit, PILOT, options.seed, PILOT_SEED))
     fit.route = _route(fit)
     return fit
-
-
-def _explore(fit: Fit) -> None:
-    """Choose the tails of `auto`, and widen its start where a heavier-tailed pilot found mass that it misses."""
-    count = affordable_draws(fit.density, LEAST_PILOT, PILOT)
-    choices = DEGREES if count > LEAST_PILOT else FEW_DEGREES
-    seeds = itertools.count(fit.options.seed ^ PILOT_SEED)
-    with torch.no_grad():
-        pilots = run_pilots(fit.density, fit.start, lambda: NoiseStreams(next(seeds), range(count)), choices)
-    if not pilots:
-        raise RunError(f"the log density of {fit.density.name} is finite at none of the draws around its fit")
-    chosen = best_degrees(pilots)
-    fit.degrees, fit.pilot = chosen.degrees, chosen.weights
-    fit.heavy = infinite_variance(pilots)
-    missed = contradiction(chosen, pilots)
-    if missed is not None and fit.modes == 1:
-        fit.start, fit.missed = widened(fit.start, missed), True
 
 
 def draw_posterior(fit: Fit, n: int, seed: int, on_progress: OnProgress = lambda progress: None) -> Posterior:
@@ -223,6 +205,8 @@ def state_tree(fit: Fit) -> dict[str, Any]:
         "modes": fit.modes,
         "degrees": fit.degrees,
         "heavy": fit.heavy,
+        "missed": fit.missed,
+        "least_log_z": fit.least_log_z if math.isfinite(fit.least_log_z) else None,
         "location": fit.start.location,
         "scale_tril": fit.start.scale_tril,
         "start_elbo": [fit.start.elbo, fit.start.elbo_se],
@@ -244,7 +228,8 @@ def restore(density: Density, options: FitOptions, tree: dict[str, Any]) -> Fit:
     if fit.method not in (AUTO, SMC):
         fit.module.load_state_dict(fit.state, tree["state"])
     fit.route, fit.modes, fit.degrees = tree["route"], tree["modes"], tree["degrees"]
-    fit.heavy = tree["heavy"]
+    fit.heavy, fit.missed = tree["heavy"], tree["missed"]
+    fit.least_log_z = -math.inf if tree["least_log_z"] is None else tree["least_log_z"]
     fit.pilot = None if tree["pilot"] is None else Smoothed(**tree["pilot"])
     fit.trace = [(int(step), float(value)) for step, value in tree["trace"]]
     return fit

@@ -20,6 +20,7 @@ from hsivi_cli.methods.posterior import AUTO, FROM_PRIOR, USABLE_KHAT, Fit, Post
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.targets.density import Density, column_names, flatten_values
 
+NEGLIGIBLE = 0.02  # of log Z
 HEAVY = 0.5  # shape of a tail whose variance is infinite
 MOST_TAILS = 200  # columns whose tails are looked at
 SBC_DRAWS = 99  # ranks 0 .. 99 of each replication
@@ -78,7 +79,7 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         weights = None  # the moves' own evidence counts: they leave the posterior unchanged wherever they started
         # particles do not cross between far modes: there the agreement of independent islands is the evidence
         memory = None if fit.modes > 1 else refined.memory
-        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, noise=refined.r_hat_noise)
+        moves = Moves(refined.ess, refined.r_hat, refined.acceptance, memory, refined.particles, refined.r_hat_noise)
     predictive = _predictive(fit.density, posterior, seed)
     n = len(posterior.values)
     non_finite = int((~posterior.values.isfinite().all(1)).sum())
@@ -89,11 +90,15 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
     if posterior.route == "smc" and fit.method in FROM_PRIOR and refined is not None and refined.note:
         verdict = _lowered(verdict, refined.note)
     shown = raw if raw is not None else fit.pilot if fit.method != AUTO else None
+    elbo_se = shown.elbo_se if shown is not None else None
     log_z, log_z_se = (raw.log_z, raw.log_z_se) if raw is not None else (None, None)
     if refined is not None:
         bridged = refined.log_z is not None and math.isfinite(refined.log_z)
         evidence = (refined.log_z, refined.log_z_se) if bridged else (refined.smc_log_z, refined.smc_log_z_se)
         log_z, log_z_se = evidence
+    verdict = _with_evidence(verdict, fit, log_z, log_z_se)
+    if semi_implicit and refined is None:  # one bank of components serves all draws: their spread is not the error
+        log_z_se = elbo_se = None
     if not fit.density.proper_prior:  # known only up to the constant that the flat prior stands for
         log_z = log_z_se = None
     return PosteriorReport(
@@ -105,7 +110,7 @@ def report_on(fit: Fit, posterior: Posterior, calibration: SbcResult | None, see
         ess=ess,
         khat=shown.khat if shown is not None else None,
         elbo=shown.elbo if shown is not None else None,
-        elbo_se=shown.elbo_se if shown is not None else None,
+        elbo_se=elbo_se,
         log_z=log_z,
         log_z_se=log_z_se,
         modes=fit.modes,
@@ -124,6 +129,19 @@ def _with_tails(verdict: Verdict, fit: Fit, posterior: Posterior) -> Verdict:
     more = f" and {len(heavy) - 3} more" if len(heavy) > 3 else ""
     whose = f"the tails of {', '.join(heavy[:3])}{more}" if heavy else "the posterior's tails"
     return _lowered(verdict, f"{whose} are so heavy that means, sds and extreme quantiles are not reliable")
+
+
+def _with_evidence(verdict: Verdict, fit: Fit, log_z: float | None, log_z_se: float | None) -> Verdict:
+    """Lower the verdict where draws around the fit found surely more evidence than the final ones account for.
+
+    Draws that have missed a part of the posterior look perfect among themselves; only their evidence is too small.
+    """
+    if log_z is None or log_z_se is None or not fit.least_log_z > log_z + 3 * log_z_se + NEGLIGIBLE:
+        return verdict
+    share = 1 - math.exp(log_z - fit.least_log_z)
+    text = f"{share:.0%} of the posterior at least is missing: pilot draws found log Z above {fit.least_log_z:.2f}"
+    text += f", these draws account for {log_z:.2f}"
+    return Verdict("no", (text,), f"do not use: {text}")
 
 
 def _with_means(verdict: Verdict, summary: list[ParameterSummary]) -> Verdict:

@@ -4,12 +4,13 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.errors import HsiviError, InputError, InterruptError
+from hsivi_cli.evaluation.verdict import WORDS, Verdict
 from hsivi_cli.io.files import read_json, sha256, write_json
 from hsivi_cli.io.run_directory import CONFIG, POSTERIOR, REPORT, run_directory
 from hsivi_cli.methods.posterior import Fit, restore, state_tree
@@ -62,6 +63,17 @@ def load_fit(path: Path, model: str | None = None) -> Fit:
     density = open_density(source, read_source(source))
     fields = {name: config[name] for name in FitOptions.__dataclass_fields__ if name in config}
     return restore(density, FitOptions(**fields), load_checkpoint(path / STATE))
+
+
+def with_verdict_of_fit(path: Path, report: PosteriorReport) -> PosteriorReport:
+    """The report on further draws of a fit, its verdict never better than the fit's own: fewer draws show less."""
+    own = read_json(path / REPORT)["verdict"]
+    levels = ("trust", "care", "no")
+    if own["level"] not in levels or levels.index(own["level"]) <= levels.index(report.verdict.level):
+        return report
+    reasons = tuple(f"the fit said: {reason}" for reason in own["reasons"])
+    line = f"{WORDS[own['level']]}: {'; '.join(reasons)}"
+    return replace(report, verdict=Verdict(own["level"], reasons, line))
 
 
 def _source_facts(source: Source, data: Any) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _refined(
 ) -> Refined:
     every = torch.cat([state.z for state in settled.states])
     log_prob = torch.cat([state.log_prob for state in settled.states])
-    evidence = _evidence(every, log_prob, settled.agreement.ess, base, density, cloud.generator)
+    evidence = evidence_of(every, log_prob, settled.agreement.ess, base, density, cloud.generator)
     order = torch.randperm(len(every), generator=cloud.generator)[:draws]
     notes = []
     if not settled.quiet:
@@ -263,7 +263,7 @@ def _refined(
     )
 
 
-def _evidence(
+def evidence_of(
     z: Tensor, log_prob: Tensor, ess: float, base: Affine, density: Density, generator: torch.Generator
 ) -> Evidence:
     """Bridge sampling between one half of the draws and the Gaussian of the other half's moments, and vice versa."""

@@ -82,8 +82,13 @@ def _logits(x: Tensor, means: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor
 
 
 def surrogate_bound(log_p: Float[Tensor, " n"], log_mix: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """HSIVI-LB of a layer, `mean_i log p_k(x_i) - log_mixture_i`: below `log Z_k - KL(q, p_k)`, closer as J grows."""
-    return (log_p - log_mix).mean()
+    """HSIVI-LB of a layer, `mean_i log p_k(x_i) - log_mixture_i`: below `log Z_k - KL(q, p_k)`, closer as J grows.
+
+    Draws of density zero are left out, unless all are: one such draw among many must not end a run.
+    """
+    terms = log_p - log_mix
+    possible = terms.detach() > -torch.inf
+    return terms[possible].mean() if bool(possible.any()) else terms.mean()
 
 
 def fisher_minimax(critic: Float[Tensor, "*k n d"], difference: Float[Tensor, "*k n d"]) -> Float[Tensor, "*k"]:

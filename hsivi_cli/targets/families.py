@@ -196,9 +196,20 @@ class Poisson:
         return torch.poisson(eta.clamp_max(_MOST_LOG_RATE).exp(), generator=generator)
 
 
+POISSON_LIKE = 1e8
+
+
+def _capped(shape: Float64[Tensor, " n"]) -> Float64[Tensor, "n 1"]:
+    return shape[:, None].clamp_max(POISSON_LIKE)
+
+
 @dataclass(frozen=True)
 class NegativeBinomial:
-    """Mean `exp(eta)`, variance `mean + mean^2 / shape` (Stan's `neg_binomial_2_log`)."""
+    """Mean `exp(eta)`, variance `mean + mean^2 / shape` (Stan's `neg_binomial_2_log`).
+
+    Beyond a shape of 1e8 it is taken to be 1e8: no count tells the two apart, and differences of log gammas would lose
+    their digits.
+    """
 
     name: str = "negative-binomial"
     link: str = "log"
@@ -208,23 +219,23 @@ class NegativeBinomial:
         return -torch.lgamma(y + 1)
 
     def auxiliary(self, y: Rows, aux: Aux) -> Eta:
-        shape = aux["shape"][:, None]
+        shape = _capped(aux["shape"])
         return torch.lgamma(y + shape) - torch.lgamma(shape)
 
     def auxiliary_score(self, y: Rows, aux: Aux) -> dict[str, Eta]:
-        shape = aux["shape"][:, None]
-        return {"shape": torch.digamma(y + shape) - torch.digamma(shape)}
+        shape = _capped(aux["shape"])
+        return {"shape": (torch.digamma(y + shape) - torch.digamma(shape)) * (shape < POISSON_LIKE)}
 
     def kernel(self, y: Rows, trials: Rows | None, eta: Eta, aux: Aux) -> Eta:
-        shape = aux["shape"][:, None]
+        shape = _capped(aux["shape"])
         t = eta - shape.log()
         return y * t - (y + shape) * softplus(t)
 
     def kernel_score(self, y: Rows, trials: Rows | None, eta: Eta, aux: Aux) -> tuple[Eta, dict[str, Eta]]:
-        shape = aux["shape"][:, None]
+        shape = _capped(aux["shape"])
         t = eta - shape.log()
         by_t = y - (y + shape) * t.sigmoid()
-        return by_t, {"shape": -by_t / shape - softplus(t)}
+        return by_t, {"shape": (-by_t / shape - softplus(t)) * (shape < POISSON_LIKE)}
 
     def simulate(self, trials: Rows | None, eta: Eta, aux: Aux, generator: torch.Generator) -> Eta:
         shape = aux["shape"][:, None].expand_as(eta).contiguous()

@@ -114,6 +114,18 @@ def test_saved_fits_draw_more(table, tmp_path, capsys):
     fails(capsys, "repeat the first command", table, "--formula", "y ~ g", "--save", fit, "--resume")
 
 
+def test_the_verdict_on_more_draws_is_never_better_than_the_fits(table, tmp_path, capsys):
+    fit = tmp_path / "FIT"
+    assert run(table, "--formula", "y ~ x", "--save", fit) == 0
+    assert main(["sample", str(fit), "-n", "50"]) == 0
+    report = json.loads((fit / "report.json").read_text())
+    report["verdict"] = {"level": "no", "reasons": ["k-hat 0.98"]}
+    (fit / "report.json").write_text(json.dumps(report))
+    capsys.readouterr()
+    assert main(["sample", str(fit), "-n", "50"]) == 3
+    assert "do not use: the fit said: k-hat 0.98" in capsys.readouterr().out
+
+
 def test_user_model_fits_and_must_be_named_again(table, tmp_path, capsys):
     model, fit = tmp_path / "model.py", tmp_path / "FIT"
     model.write_text(MODEL)

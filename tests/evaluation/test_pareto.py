@@ -185,3 +185,12 @@ def test_rounding_at_the_very_end_never_takes_a_draw_of_no_weight(monkeypatch):
     log_weight[97:] = -math.inf
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(*size, dtype=torch.float64))
     assert int(resample(log_weight, 7, generator()).max()) == 96
+
+
+def test_weights_of_which_none_stands_out_have_no_tail():
+    heavy = torch.distributions.StudentT(torch.tensor(2.0, dtype=torch.float64))
+    torch.manual_seed(0)
+    tail = heavy.sample((2000,)).abs()
+    even = smooth_weights((1 + 0.01 * tail).clamp_max(1.9).log())  # the shape of its tail is a t's, its size nothing
+    assert (even.khat, even.ess > 1990) == (0.0, True)
+    assert smooth_weights((1 + tail).log()).khat > 0.3

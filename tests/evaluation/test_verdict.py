@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hsivi_cli.evaluation.verdict import Moves, Weights, judge, khat_limit
 
 GOOD = Weights(0.2, 3500.0)
 ORDER = ("trust", "care", "no")
-ARRIVED = Moves(ess=2000.0, rhat=1.004, acceptance=0.8, memory=0.03, drift=0.02)
+ARRIVED = Moves(ess=2000.0, rhat=1.004, acceptance=0.8, memory=0.03)
 
 
 def predictive(shift):
@@ -134,12 +135,11 @@ def test_levels_of_moves(moves, level):
     assert judge(4000, None, moves).level == level
 
 
-def test_moves_that_contradict_good_weights_show():
-    drifted = Moves(ess=2000.0, rhat=1.0, acceptance=0.8, memory=0.0, drift=0.6)
-    verdict = judge(4000, GOOD, drifted)
-    assert verdict.level == "care"
-    assert "0.60 sd" in verdict.line
-    assert judge(4000, Weights(1.2, 10), drifted).level == "trust"  # then a drift is what they are for
+def test_a_correlation_that_chance_leaves_between_few_chains_is_none():
+    few = Moves(ess=2000.0, rhat=1.0, acceptance=0.8, memory=0.12, chains=1000)
+    assert judge(4000, None, few).level == "trust"
+    assert judge(4000, None, replace(few, chains=4000)).level == "care"
+    assert judge(4000, None, replace(few, memory=0.6)).level != "trust"
 
 
 def test_predictive_extremes_blame_the_model_only_where_the_fit_is_supported():

@@ -101,3 +101,7 @@ def test_paths_of_two_draws_share_no_noise():
     spins = torch.rand(400, dtype=F64, generator=torch.Generator().manual_seed(0))
     assert float(found.log_prob(Walk(state, spins)).std()) > 1e-3
     assert float(found.log_prob(Walk(state, spins[:1].expand(400))).std()) < 1e-12
+
+
+def test_the_own_component_is_one_of_j():
+    assert len(prior_estimate(chain(2, 2, (8,), spread=1.0), 2, 16, 0).means) == 15

@@ -12,14 +12,15 @@ from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.io.draws import Draws
+from hsivi_cli.methods import heavy_tails, posterior_report
 from hsivi_cli.methods import posterior as posterior_module
-from hsivi_cli.methods import posterior_report
 from hsivi_cli.methods.gaussian_start import find_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
 from hsivi_cli.methods.heavy_tails import (
     Pilot,
     best_degrees,
     contradiction,
+    heavy_axis,
     infinite_variance,
     run_pilots,
     student_t_draws,
@@ -199,7 +200,10 @@ def pilots(figures):
     even = torch.zeros(100, dtype=torch.float64)
     some, draws = smooth_weights(even), Draws(torch.zeros(100, 2, dtype=torch.float64), even)
     made = [Pilot(nu, draws, replace(some, khat=khat, ess=ess, log_z=log_z)) for nu, khat, ess, log_z in figures]
-    return [*made, Pilot(3, draws, replace(some, khat=0.0, ess=30.0, log_z=made[0].weights.log_z, log_z_se=0.1))]
+    return [
+        *made,
+        Pilot(3, draws, replace(some, khat=0.0, ess=30.0, log_z=made[0].weights.log_z, log_z_se=0.1), probe=True),
+    ]
 
 
 def test_best_degrees_prefers_even_weights_with_a_safe_tail():
@@ -286,6 +290,7 @@ def test_pilots_and_draws_share_no_random_numbers(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(posterior_module, "NoiseStreams", spy)
+        patch.setattr(heavy_tails, "NoiseStreams", spy)
         fit_posterior(student(), FitOptions(refine="none", seed=4), tmp_path)
         pilot_seeds, seen = set(seen), []
         draw_posterior(fit, 100, 4)
@@ -308,6 +313,45 @@ def test_few_tempered_draws_claim_no_more_than_they_are(tmp_path):
     posterior = draw_posterior(fit, 10, 0)
     assert posterior.ess <= 10
     assert report_on(fit, posterior, None, 0).verdict.level != "trust"
+
+
+def spiked(dim=5, narrow=0.01):
+    """Half of the mass in a needle at the mode, half around it: true sds of 0.7, log Z of 0."""
+
+    def log_prob(z):
+        distance = z.square().sum(1)
+        wide = -0.5 * distance
+        needle = -0.5 * distance / narrow**2 - dim * math.log(narrow)
+        return torch.logaddexp(wide, needle) - math.log(2) - 0.5 * dim * math.log(2 * math.pi)
+
+    return Density("spiked", dim, log_prob)
+
+
+@pytest.mark.parametrize("method", ["auto", "vi", "ula"])
+def test_mass_that_pilots_found_and_draws_lack_is_never_trusted(method, tmp_path):
+    steps = None if method == "auto" else 30
+    fit = fit_posterior(spiked(), FitOptions(method=method, steps=steps), tmp_path)
+    assert fit.least_log_z == pytest.approx(0.0, abs=1.0)
+    posterior = draw_posterior(fit, 2000, 0)
+    report = report_on(fit, posterior, None, 0)
+    wrong = abs(float(posterior.values.std(0).mean()) / 0.5**0.5 - 1) > 0.1
+    assert not (wrong and report.verdict.level == "trust"), report.verdict.line
+    # and where the draws lack nothing, nothing is said
+    complete = fit_posterior(gaussian()[0], FitOptions(method=method, steps=steps), tmp_path)
+    assert "missing" not in report_on(complete, draw_posterior(complete, 2000, 0), None, 0).verdict.line
+
+
+@pytest.mark.parametrize(("nu", "heavy"), [(1.5, True), (4.0, False)])
+def test_one_heavy_coordinate_among_many_light_ones_is_seen(nu, heavy):
+    def log_prob(z):
+        return (
+            -0.5 * (nu + 1) * (z[:, 3].square() / nu).log1p()
+            - 0.5 * z[:, :3].square().sum(1)
+            - z[:, 4:].square().sum(1)
+        )
+
+    density = Density("mixed", 20, log_prob)
+    assert heavy_axis(density, find_start(density, 0)[0]) == heavy
 
 
 @pytest.mark.parametrize(("khat", "level"), [(0.6, "trust"), (0.85, "care")])

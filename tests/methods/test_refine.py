@@ -9,8 +9,9 @@ from scipy import stats
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods.gaussian_vi import GaussianFit, fit_gaussian, gaussian_log_prob
-from hsivi_cli.methods.refine import Budget, affordable_particles, refine, tempered_smc
+from hsivi_cli.methods.refine import Budget, affordable_particles, evidence_of, refine, tempered_smc
 from hsivi_cli.targets.density import Density, Predictive
+from hsivi_cli.targets.whiten import Affine
 
 
 def banana_log_prob(z):
@@ -175,3 +176,32 @@ def test_fewer_particles_where_a_gradient_is_dear():
     large = Predictive(torch.zeros(100_000, dtype=torch.float64), lambda z, generator: z)
     assert affordable_particles(Density("large", 3, skewed_log_prob, predictive=large)) == 1000
     assert affordable_particles(Density("wide", 400, skewed_log_prob)) == 1000
+
+
+def test_bridged_evidence_pairs_draws_with_their_densities_and_knows_its_error():
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.tensor([[2.0, 0.0, 0.0], [1.5, 0.5, 0.0], [0.1, -0.2, 3.0]], dtype=torch.float64)
+    target = torch.distributions.MultivariateNormal(torch.tensor([1.0, -2.0, 0.0]).double(), scale_tril=factor)
+    density = Density("gaussian", 3, lambda z: target.log_prob(z) + 1.7)
+    z = target.loc + torch.randn(4000, 3, generator=generator, dtype=torch.float64) @ factor.T
+    base = Affine(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64))
+    found = evidence_of(z, density.log_prob(z), 4000.0, base, density, generator)
+    assert abs(found.log_z - 1.7) < 0.005
+    assert found.log_z_se < 0.003
+
+
+def test_the_error_of_bridged_evidence_counts_the_effective_draws_that_are_bridged():
+    generator = torch.Generator().manual_seed(0)
+    base = Affine(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+    heavy = torch.distributions.StudentT(torch.tensor(5.0, dtype=torch.float64))
+    density = Density("student", 2, lambda z: heavy.log_prob(z).sum(1))
+    z = torch.from_numpy(stats.t(5).rvs((4000, 2), random_state=0))
+    once, thrice = z, torch.cat([z, z, z])  # of which as many are bridged
+    same = [
+        evidence_of(draws, density.log_prob(draws), float(len(draws)), base, density, generator)
+        for draws in (once, thrice)
+    ]
+    assert abs(same[0].log_z) < 4 * same[0].log_z_se
+    assert same[1].log_z_se == pytest.approx(same[0].log_z_se, rel=0.1)
+    fewer = evidence_of(once, density.log_prob(once), 100.0, base, density, generator)
+    assert fewer.log_z_se > 2 * same[0].log_z_se

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from hsivi_cli.objectives.hsivi_bound import fisher_minimax, log_mixture_sum, mixture_at
+from hsivi_cli.objectives.hsivi_bound import fisher_minimax, log_mixture_sum, mixture_at, surrogate_bound
 
 F64 = torch.float64
 
@@ -168,3 +168,9 @@ def test_fisher_value_at_the_best_critic_is_the_divergence_and_any_other_critic_
     design = torch.cat([x, torch.ones(len(x), 1, dtype=F64)], 1)
     solution = torch.linalg.lstsq(design, difference).solution
     torch.testing.assert_close(solution, torch.cat([A.T, -c.unsqueeze(0)]), rtol=0, atol=0.05)
+
+
+def test_a_draw_of_density_zero_does_not_end_a_run():
+    log_p, log_mix = torch.tensor([0.5, -math.inf, 1.5]), torch.zeros(3)
+    assert float(surrogate_bound(log_p, log_mix)) == 1.0
+    assert float(surrogate_bound(torch.full((3,), -math.inf), log_mix)) == -math.inf

@@ -115,3 +115,15 @@ def test_guesses():
     assert guess_family(rng.negative_binomial(1, 0.1, 500) * 1.0, None, False)[0].name == "negative-binomial"
     assert guess_family(rng.integers(20, 140, 50) * 1.0, None, False)[0].name == "gaussian"  # scores, not counts
     assert guess_family(np.array([1.0, 2]), np.array([3.0, 3]), False)[0].name == "binomial"
+
+
+def test_a_negative_binomial_of_huge_shape_is_poisson_and_level():
+    y, eta = torch.tensor([[0.0, 3.0, 12.0]], dtype=torch.float64), torch.tensor([[0.1, 1.2, 2.0]], dtype=torch.float64)
+    family = FAMILIES["negative-binomial"]
+    exact = torch.distributions.Poisson(eta.exp()).log_prob(y)
+    for shape in (1e7, 1e10, 3e16):
+        aux = {"shape": torch.tensor([shape], dtype=torch.float64)}
+        found = family.constant(y, None) + family.auxiliary(y, aux) + family.kernel(y, None, eta, aux)
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=0)
+        score = family.auxiliary_score(y, aux)["shape"] + family.kernel_score(y, None, eta, aux)[1]["shape"]
+        assert float((shape * score).abs().max()) < 1e-4  # level in log shape

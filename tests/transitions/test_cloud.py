@@ -139,3 +139,10 @@ def test_the_clouds_unit_changes_coordinates_and_nothing_else():
         assert moves == list(range(1, cloud.moves + 1))
         clouds.append(cloud.chains.z @ inverse.T)
     torch.testing.assert_close(clouds[0], clouds[1], rtol=1e-6, atol=1e-6)
+
+
+def test_one_feature_on_which_islands_disagree_is_not_averaged_away():
+    features_of = torch.randn(1600, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fine = agreement([features_of], 16).r_hat
+    features_of[:, 7] += torch.arange(16).repeat_interleave(100) * 0.2
+    assert agreement([features_of], 16).r_hat > 1 + 5 * (fine - 1)
