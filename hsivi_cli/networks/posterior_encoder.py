@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.networks.embedding import EmbeddingKind, build_embedding, mlp, resolve_kind
@@ -244,7 +245,10 @@ class _Gaussians(nn.Module):
 
 def _flow(config: EncoderConfig, dim: int, context: int) -> nn.Module:
     """A flow of zuko with a standard normal base."""
+    checking = Distribution._validate_args
     import zuko  # here, because only these families need it
+
+    Distribution.set_default_validate_args(checking)  # zuko turns torch's checks off for the whole process
 
     options: dict[str, Any] = {"transforms": config.transforms, "hidden_features": config.hidden}
     if config.family == "nsf":

@@ -1,5 +1,7 @@
 import ast
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,13 @@ def test_zuko_is_imported_only_where_it_is_used():
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
     assert "zuko" not in names
+
+
+def test_building_a_flow_leaves_torchs_checks_as_they_were():
+    script = """
+from torch.distributions import Distribution
+from hsivi_cli.networks.posterior_encoder import EncoderConfig, build_encoder
+build_encoder(EncoderConfig(family="nsf"), 2, None, seed=0)
+assert Distribution._validate_args
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
