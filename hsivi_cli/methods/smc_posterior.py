@@ -62,11 +62,7 @@ def draw_smc(
     config = SmcConfig(particles=particles or particles_for(density, draws), moves=MOVES)
     generator = torch.Generator().manual_seed(seed)
     run = run_smc(target, samplers, config, generator)
-    if not bool((run.log_z > -math.inf).any()):
-        raise InputError(
-            f"{density.name}: the prior has no mass where the data need it: none of {samplers * config.particles} "
-            "draws from it has a positive likelihood (log Z is -inf)"
-        )
+    require_mass(run, density)
     log_z = float(log_mean_exp(run.log_z))
     spread = (run.log_z - run.log_z.max()).exp()
     found, share = _agreement(run, generator), float(effective_sample_size(run.log_z)) / samplers
@@ -103,6 +99,15 @@ def draw_smc(
         converged=not note,
         note=note,
     )
+
+
+def require_mass(run: SmcRun, density: Density) -> None:
+    """Raise InputError where no draw from the prior has a positive likelihood, in any sampler."""
+    if not bool((run.log_z > -math.inf).any()):
+        raise InputError(
+            f"{density.name}: the prior has no mass where the data need it: none of {run.log_weight.numel()} draws "
+            "from it has a positive likelihood (log Z is -inf)"
+        )
 
 
 def _agreement(run: SmcRun, generator: torch.Generator) -> Agreement:

@@ -16,11 +16,10 @@ from torch import Tensor
 from hsivi_cli.engine.flat_adam import FlatAdam, flatten
 from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.errors import InputError
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods import meta_samplers
 from hsivi_cli.methods.meta_samplers import MetaSamplers, StoreConfig
-from hsivi_cli.methods.smc_posterior import MOVES, tempering_target
+from hsivi_cli.methods.smc_posterior import MOVES, require_mass, tempering_target
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.targets.density import Density, find_parts
 from hsivi_cli.transitions.likelihood_smc import SmcConfig, SmcRun, run_smc
@@ -102,11 +101,7 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
 def _begin(state: State, generator: torch.Generator) -> None:
     config, density = state.config, state.density
     run = run_smc(tempering_target(density), config.runs, _smc(config), generator)
-    if not bool((run.log_z > -math.inf).any()):
-        raise InputError(
-            f"{density.name}: the prior has no mass where the data need it: none of {config.runs * config.particles} "
-            "draws from it has a positive likelihood (log Z is -inf)"
-        )
+    require_mass(run, density)
     for row in range(config.runs):
         meta_samplers.append(state.store, ONE, _only(run, torch.tensor([row])), 0, generator)
     z = meta_samplers.minibatch(state.store, ONE, generator, config.runs * config.particles).z[0, 0]

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.targets.density import Density
 from hsivi_cli.targets.model import OUT_OF_RANGE, Model, density_of, log_values, prior_sampler, run_batched
 from hsivi_cli.targets.model_calls import as_double, as_scalar, call_simulate, single_draw, user_code
 from hsivi_cli.targets.model_checks import Report, check_model
@@ -162,36 +161,6 @@ def amortise(
         _simulator(model, report, name, observed.shape[1]) if model.simulate is not None else None,
         tuple(coordinate_names(parameters)),
         facts,
-    )
-
-
-def amortise_density(density: Density) -> AmortisedTarget:
-    """A regression, or any density with a pointwise likelihood, as a target of its one observation.
-
-    Its `log_likelihood(z, x)` ignores x. Raises InputError where the density does not tell its likelihood apart.
-    """
-    predictive = density.predictive
-    if predictive is None or predictive.log_likelihood is None:
-        raise InputError(f"{density.name}: this method needs prior and likelihood apart, which this target has not")
-    pointwise, width = predictive.log_likelihood, max(len(predictive.observed), density.dim)
-
-    def likelihood(rows: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return pointwise(rows).sum(1)
-
-    def prior(rows: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return density.log_prob(rows) - likelihood(rows)  # nan, so -inf, where the likelihood has underflowed
-
-    return AmortisedTarget(
-        density.name,
-        density.dim,
-        predictive.observed[None],
-        lambda z: _in_blocks(prior, z.reshape(-1, density.dim), width).reshape(z.shape[:-1]),
-        lambda z, x: _in_blocks(likelihood, z.reshape(-1, density.dim), width).reshape(z.shape[:2]),
-        density.constrain,
-        predictive.prior,
-        predictive.simulate,
-        tuple(f"z[{j + 1}]" for j in range(density.dim)),
-        density.facts,
     )
 
 

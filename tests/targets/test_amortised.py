@@ -9,9 +9,8 @@ from torch.distributions import Exponential, LogNormal, Normal
 import hsivi_cli.targets.amortised as module
 from hsivi_cli import Model, Parameter
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.targets.amortised import amortise, amortise_density, load_amortised, simulate_pairs
+from hsivi_cli.targets.amortised import amortise, load_amortised, simulate_pairs
 from hsivi_cli.targets.model import density_of
-from hsivi_cli.targets.regression import regression_density
 
 OBSERVED = torch.tensor([[0.5, -0.2, 1.0], [2.0, 1.5, 1.0], [-1.0, 0.0, 3.0]]).double()
 
@@ -188,20 +187,6 @@ def test_a_likelihood_that_knows_its_own_data_only_is_refused(likelihood, line):
         amortise(location_scale(log_likelihood=likelihood), "m", OBSERVED)
     one = amortise(location_scale(log_likelihood=likelihood))
     assert one.log_likelihood(normal(1, 4, 2), one.observed).shape == (1, 4)
-
-
-def test_a_regression_is_a_target_of_one_observation():
-    table = pd.DataFrame({"x": normal(30).numpy(), "y": normal(30, seed=1).numpy()})
-    density = regression_density(table, "y ~ x", None, ("b=normal(0,1)", "Intercept=normal(0,2)"))
-    target = amortise_density(density)
-    z = normal(1, 5, density.dim)
-    together = target.log_prior(z) + target.log_likelihood(z, target.observed)
-    torch.testing.assert_close(together[0], density.log_prob(z[0]), rtol=1e-10, atol=1e-10)
-    drawn = target.sample_prior(4000, generator()).requires_grad_(True)
-    (score,) = torch.autograd.grad(target.log_prior(drawn).sum(), drawn)
-    assert bool((score.mean(0).abs() < 4.5 * score.std(0) / math.sqrt(4000)).all())  # the prior is that of its draws
-    with pytest.raises(InputError, match="prior and likelihood apart"):
-        amortise_density(density_of(location_scale(log_likelihood=lambda p, y: Normal(p.m, p.s).log_prob(y).sum())))
 
 
 FILE = """
