@@ -115,8 +115,7 @@ class _Stopped(Exception):
 
 
 def _evaluate(density: Density, z: Float[Tensor, "m d"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m d"]]:
-    responses = 1 if density.predictive is None else len(density.predictive.observed)
-    rows = max(1, ENTRIES // (responses + density.dim))
+    rows = max(1, ENTRIES // (density.responses + density.dim))
     with torch.no_grad():
         pieces = [density.value_and_gradient(part) for part in z.split(rows)]
     return torch.cat([value for value, _ in pieces]).double(), torch.cat([slope for _, slope in pieces]).double()

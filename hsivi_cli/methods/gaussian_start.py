@@ -23,7 +23,7 @@ def find_start(density: Density, seed: int) -> tuple[GaussianFit, int]:
 
     Raises InputError for an improper posterior.
     """
-    searched = density.dim <= SEARCHED and (density.predictive is None or len(density.predictive.observed) <= 100_000)
+    searched = density.dim <= SEARCHED and density.responses <= 100_000
     mode = find_mode(density, random_starts=8 if searched else 3, seed=seed)
     require_proper(mode, density)
     if mode.kind != "mode":

@@ -100,7 +100,7 @@ def hessian_at(density: Density, z: Float[Tensor, " d"]) -> Float[Tensor, "d d"]
     Where autograd fails or is not finite, central differences of the gradient.
     """
     dim = density.dim
-    rows = min(dim, max(1, 20_000_000 // (_responses(density) + dim)))
+    rows = min(dim, max(1, 20_000_000 // (density.responses + dim)))
     eye = torch.eye(dim, dtype=torch.float64)
     if density.linearise is not None:
         with np.errstate(all="ignore"):
@@ -164,7 +164,7 @@ def _best_summits(
     points = [zero] if first is None or not bool(first.any()) else [first.detach().double(), zero]
     noise = torch.randn(random_starts, density.dim, generator=generator, dtype=torch.float64)
     points += list(2 * noise + points[0])
-    if _responses(density) * density.dim > LARGE or _responses(density) * density.dim**2 > LARGE_HESSIAN:
+    if density.responses * density.dim > LARGE or density.responses * density.dim**2 > LARGE_HESSIAN:
         points = points[:1]
     finite = [point for point in points if bool(density.log_prob(point[None]).isfinite().all())]
     if not finite:
@@ -252,7 +252,7 @@ def _judge(density: Density, z: Tensor, log_prob: float, precision: Tensor, conv
 
 
 def _heights(density: Density, z: Tensor) -> Tensor:
-    rows = max(1, 20_000_000 // (_responses(density) + density.dim))
+    rows = max(1, 20_000_000 // (density.responses + density.dim))
     with torch.no_grad():
         try:
             return torch.cat([density.log_prob(part) for part in z.split(rows)])
@@ -294,7 +294,3 @@ def _distinct(z: Tensor, earlier: list[Tensor], scale_tril: Tensor) -> bool:
     """Whether a summit is more than a standard deviation off all earlier ones."""
     offsets = torch.stack([z - other for other in earlier]).T
     return bool((torch.linalg.solve_triangular(scale_tril, offsets, upper=False).norm(dim=0) > 1.0).all())
-
-
-def _responses(density: Density) -> int:
-    return 1 if density.predictive is None else len(density.predictive.observed)

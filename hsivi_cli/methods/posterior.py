@@ -193,8 +193,7 @@ def affordable_draws(density: Density, least: int, most: int) -> int:
 
     Does not measure time, so that a seed always means the same.
     """
-    responses = 1 if density.predictive is None else len(density.predictive.observed)
-    return max(least, min(most, int(CHEAP / (responses * (1 + density.dim / 40)))))
+    return max(least, min(most, int(CHEAP / (density.responses * (1 + density.dim / 40)))))
 
 
 def state_tree(fit: Fit) -> dict[str, Any]:

@@ -342,8 +342,7 @@ def affordable_particles(density: Density, least: int = 1000, most: int = 4000) 
 
     More draws come from later states of the cloud. Does not measure time, so that a seed always means the same.
     """
-    responses = 1 if density.predictive is None else len(density.predictive.observed)
-    work = (20 if density.analytic_gradient is not None else 80) * responses + 4 * density.dim**2
+    work = (20 if density.analytic_gradient is not None else 80) * density.responses + 4 * density.dim**2
     return max(least, min(most, WORK // work))
 
 

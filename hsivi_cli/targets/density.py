@@ -75,6 +75,11 @@ class Density:
     proper_prior: bool = True
     parts: Parts | None = None
 
+    @property
+    def responses(self) -> int:
+        """How many responses an evaluation looks at, as far as is known: what its cost grows with."""
+        return 1 if self.predictive is None else len(self.predictive.observed)
+
     def gradient(self, z: Batch) -> Batch:
         """Gradient of `log_prob` at each row; differentiable once more where `z` asks for gradients."""
         if self.analytic_gradient is not None:

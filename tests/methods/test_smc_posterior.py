@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.methods.posterior_report import report_on
 from hsivi_cli.methods.smc_posterior import draw_smc
 from hsivi_cli.targets.density import Density, Parts, find_parts
+from hsivi_cli.targets.regression import regression_density
 from hsivi_cli.targets.whiten import whiten
 
 NORMAL = torch.distributions.Normal
@@ -86,3 +88,15 @@ def test_what_has_no_prior_or_takes_no_options_is_refused(tmp_path):
     for fields, says in (({"steps": 5}, "--steps"), ({"refine": "hmc"}, "--refine"), ({"paper": True}, "--paper")):
         with pytest.raises(InputError, match=says):
             fit_posterior(conjugate(), FitOptions(method="smc", **fields), tmp_path)
+
+
+def test_the_prior_of_a_regression_is_that_of_its_draws():
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0)).numpy()
+    density = regression_density(
+        pd.DataFrame({"x": x, "y": 2 * x + x[::-1]}), "y ~ x", None, ("b=normal(0,1)", "Intercept=normal(0,2)")
+    )
+    parts = find_parts(density)
+    drawn = parts.sample_prior(4000, torch.Generator().manual_seed(1)).requires_grad_(True)
+    torch.testing.assert_close(parts.log_prior(drawn) + parts.log_likelihood(drawn), density.log_prob(drawn))
+    (score,) = torch.autograd.grad(parts.log_prior(drawn).sum(), drawn)
+    assert bool((score.mean(0).abs() < 4.5 * score.std(0) / math.sqrt(4000)).all())
