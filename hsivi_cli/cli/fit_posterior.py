@@ -1,25 +1,23 @@
 """`hsivi fit-posterior`: draws, a summary and an honest verdict, from a table and a formula or from a user's model."""
 
-import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.errors import GateError, InputError
+from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, progress_lines, show
+from hsivi_cli.errors import InputError
 
 if TYPE_CHECKING:
     from hsivi_cli.evaluation.calibration import SbcResult
-    from hsivi_cli.io.draw_files import DrawDestination
     from hsivi_cli.methods.posterior import Fit, Posterior
     from hsivi_cli.methods.posterior_registry import FitOptions
     from hsivi_cli.methods.posterior_report import PosteriorReport
-    from hsivi_cli.methods.refine import OnProgress, Progress
     from hsivi_cli.targets.density import Density
 
-SECONDS_BETWEEN_LINES = 10.0
 METHODS = (
     "auto",
     "smc",
@@ -37,6 +35,8 @@ METHODS = (
     "hsivi-lb",
     "hsivi-sm",
 )
+AMORTISED_ONLY = ("npe", "wake", "defensive-wake", "msc")
+DEFAULT_DRAWS = 4000
 
 
 def fit_posterior(
@@ -69,7 +69,41 @@ def fit_posterior(
     ] = None,
     example: Annotated[str | None, typer.Option("--example", help="A named example, or 'list' to see them.")] = None,
     na: Annotated[str, typer.Option("--na", help="Rows with missing values: error or drop.")] = "error",
-    method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option("--method", help=f"{', '.join(METHODS)}; with --amortize smc-wake, {', '.join(AMORTISED_ONLY)}."),
+    ] = "auto",
+    amortize: Annotated[
+        bool,
+        typer.Option("--amortize", help="With --model: each row is an observation of its own, one encoder serves all."),
+    ] = False,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="Of smc-wake and --amortize: nsf, maf, gaussian or mixture.")
+    ] = None,
+    estimator: Annotated[
+        str | None, typer.Option("--estimator", help="Of smc-wake: a, b, c, naive or pimh. Default: a.")
+    ] = None,
+    particles: Annotated[
+        int | None, typer.Option("--particles", min=2, help="Of smc-wake, a run; of wake methods and msc, a step.")
+    ] = None,
+    simulations: Annotated[
+        int | None,
+        typer.Option("--simulations", min=100, help="With --amortize: so many simulations in all. Default: no limit."),
+    ] = None,
+    sleep: Annotated[
+        float | None,
+        typer.Option(
+            "--sleep",
+            help="Of smc-wake --amortize: share of the gradient from simulations. Default: 0.5 if the model simulates.",
+        ),
+    ] = None,
+    embedding: Annotated[
+        str | None, typer.Option("--embedding", help="With --amortize: auto, identity, mlp, set or image.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="With --amortize: 10x3 if a row is a set of 10 triples, 1x8x8 if an image."),
+    ] = None,
     covariance: Annotated[
         str, typer.Option("--covariance", help="Of --method vi: full-rank or mean-field.")
     ] = "full-rank",
@@ -85,7 +119,10 @@ def fit_posterior(
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's parameterisation, on the raw coordinates, unwhitened.")
     ] = False,
-    draws: Annotated[int, typer.Option("--draws", "-n", min=10, help="Posterior draws.")] = 4000,
+    draws: Annotated[
+        int | None,
+        typer.Option("--draws", "-n", min=10, help="Posterior draws: 4000; of each row with --amortize 1000."),
+    ] = None,
     refine: Annotated[
         str,
         typer.Option(
@@ -94,8 +131,13 @@ def fit_posterior(
         ),
     ] = "auto",
     sbc: Annotated[
-        int, typer.Option("--sbc", min=0, help="Simulation-based calibration with this many refits (0: none).")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--sbc",
+            min=0,
+            help="Simulation-based calibration with this many refits (none); with --amortize simulated rows (500).",
+        ),
+    ] = None,
     out: Annotated[
         str | None, typer.Option("--out", help="draws.csv, .nc (ArviZ), .parquet, or - for CSV on stdout.")
     ] = None,
@@ -121,7 +163,9 @@ def fit_posterior(
         return
     if formula is not None and not formula.strip():
         raise InputError('--formula is empty: write one, as "y ~ x", or leave it out for the last column on all others')
-    options.check_choice("--method", method, METHODS)
+    options.check_choice("--method", method, (*METHODS, *AMORTISED_ONLY))
+    if method in AMORTISED_ONLY and not amortize:
+        raise InputError(f"--method {method} learns from many observations: add --amortize, with a row for each")
     options.check_choice("--covariance", covariance, ("full-rank", "mean-field"))
     options.check_choice("--refine", refine, ("auto", "none", "hmc", "smc"))
     options.check_choice("--na", na, ("error", "drop"))
@@ -131,6 +175,24 @@ def fit_posterior(
         raise InputError("--resume needs the --save directory of the interrupted run")
     source = Source(data, formula, family, tuple(prior or ()), model, example, na)
     check_source(source)
+    extra = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
+    if amortize:
+        unused = {"--bridges": bridges, "--layers": layers, "--layerwise": layerwise, "--paper": paper}
+        for flag, given in unused.items():
+            if given:
+                raise InputError(f"{flag} does nothing with --amortize: leave it out")
+        from hsivi_cli.cli.fit_amortised import Wanted, fit_amortised
+        from hsivi_cli.methods.amortised_options import AmortisedOptions
+
+        chosen = "smc-wake" if method == "auto" else method
+        fields: dict[str, Any] = extra | {"encoder": encoder, "estimator": estimator, "particles": particles}
+        wanted = Wanted(draws, refine, sbc, out, save, resume, plot, force, threads, as_json)
+        fit_amortised(source, AmortisedOptions(chosen, steps=steps, lr=lr, seed=seed, **fields), wanted)
+        return
+    for name, value in extra.items():
+        if value is not None:
+            raise InputError(f"--{name} goes with --amortize: add it, or leave --{name} out")
+    draws = draws or DEFAULT_DRAWS
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.io.draw_files import open_draws
     from hsivi_cli.methods.posterior import draw_posterior, summary_draws
@@ -149,6 +211,9 @@ def fit_posterior(
         paper=paper,
         refine=refine,
         seed=seed,
+        encoder=encoder,
+        estimator=estimator,
+        particles=particles,
     )
     check_options(settings)
     options.resolve_device("cpu", threads)
@@ -161,7 +226,7 @@ def fit_posterior(
         for fact in density.facts:
             if not ("second derivatives" in fact and method in ("auto", "vi", "hsivi-lb", "hsivi-sm")):
                 console.story(fact)
-        with fit_directory(save, source, table, settings, draws, resume) as directory:
+        with fit_directory(save, source, table, asdict(settings), draws, resume) as directory:
             posterior_fit = _fit(density, settings, directory, resume)
             calibration = _calibrate(density, settings, sbc) if sbc else None
             if method in ("smc", "smc-wake") and posterior_fit.route == "smc":
@@ -175,53 +240,6 @@ def fit_posterior(
     if plot is not None:
         _plot(plot, posterior_fit, posterior, calibration, report)
     show(report, posterior, draws, destination, as_json, {"out": out, "save": str(save) if save else None})
-
-
-def show(
-    report: "PosteriorReport",
-    posterior: "Posterior",
-    draws: int,
-    destination: "DrawDestination | None",
-    as_json: bool,
-    also: dict[str, Any],
-) -> None:
-    """Write the first `draws` draws, print the summary of all; exit code 3 where they are not to be used."""
-    from hsivi_cli.io.draw_files import write_draws
-
-    stream = None
-    if destination is not None:
-        note = f"{report.method}, {report.route}; {report.verdict.line}"
-        approx = None if posterior.log_approx is None else posterior.log_approx[:draws]
-        values, log_prob = posterior.values[:draws], posterior.log_prob[:draws]
-        stream = write_draws(destination, posterior.columns, values, approx, log_prob, note=note)
-    if destination is not None and destination.path is not None:
-        kept = f"{len(values)} draws written to {destination.path}"
-        console.story(kept if report.n == len(values) else f"{kept}; the summary is of {report.n}")
-    if stream is not None:
-        console.result_bytes(stream)
-    elif as_json:
-        console.result_json(report.to_json() | {"draws": draws} | also)
-    else:
-        _print(report)
-    if report.verdict.level == "no":
-        raise GateError("do not use these draws" if stream is None else report.verdict.line)
-    if stream is not None:
-        console.story(report.verdict.line)
-
-
-def progress_lines() -> "OnProgress":
-    """A line on stderr now and then, with an estimate of the time left."""
-    began = told = time.monotonic()
-
-    def on_progress(progress: "Progress") -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told > SECONDS_BETWEEN_LINES:
-            told = now
-            left = (now - began) * (1 - progress.share) / max(progress.share, 0.01)
-            console.story(f"{progress.line}; about {left:.0f} s left")
-
-    return on_progress
 
 
 def _fit(density: "Density", settings: "FitOptions", directory: Path, resume: bool) -> "Fit":
@@ -265,44 +283,6 @@ def _plot(
         beside = path.with_name(f"{path.stem}-sbc{path.suffix}")
         plot_sbc(beside, calibration)
         console.story(f"calibration: {beside}")
-
-
-def _print(report: "PosteriorReport") -> None:
-    header = ("parameter", "mean", "sd", "5%", "50%", "95%", "ess", "mcse", "k-hat")
-    rows = []
-    for row in report.summary:
-        figures = (row.mean, row.sd, row.q5, row.q50, row.q95)
-        rows.append((row.name, *(f"{figure:.4g}" for figure in figures), f"{row.ess:.0f}", f"{row.mcse:.2g}"))
-        rows[-1] += ("-" if row.khat is None else f"{row.khat:.2f}",)
-    how = {"weights": "Pareto-smoothed weights", "smc": "tempered SMC and HMC moves", "hmc": "HMC moves"}[report.route]
-    # what tempering starts from is the Gaussian, whatever was trained beside it
-    if report.method in ("smc", "smc-wake") and report.route == "smc":
-        how = report.note
-    name = how if report.route == "smc" else f"{report.note or report.method}, corrected by {how}"
-    console.result_table(f"{report.n} draws: {name}", rows, header)
-    console.result_line("")
-    facts = []
-    if report.khat is not None:
-        facts.append(
-            f"k-hat {report.khat:.2f}" + (f" of {report.method} before moves" if report.route != "weights" else "")
-        )
-    if report.elbo is not None and math.isfinite(report.elbo):
-        facts.append(f"ELBO {report.elbo:.3f}{_error(report.elbo_se)}")
-    if report.log_z is not None:
-        facts.append(f"log Z {report.log_z:.3f}{_error(report.log_z_se)}")
-    if report.modes > 1:
-        facts.append(f"{report.modes} modes")
-    if report.predictive is not None:
-        facts.append("predictive p: " + ", ".join(f"{c.name} {c.p:.2f}" for c in report.predictive.statistics))
-    if report.calibration is not None:
-        found = report.calibration
-        facts.append(f"calibration: {found.replications} refits, {'passed' if found.passed else 'failed'}")
-    console.result_line("; ".join(facts))
-    console.result_line(report.verdict.line)
-
-
-def _error(se: float | None) -> str:
-    return "" if se is None else f" ({se:.2g})"
 
 
 def _list_examples(as_json: bool) -> None:

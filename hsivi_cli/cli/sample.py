@@ -33,6 +33,14 @@ def sample(
     model: Annotated[
         str | None, typer.Option("--model", help="Your model file, where a posterior was fitted with one; it is run.")
     ] = None,
+    observe: Annotated[
+        str | None,
+        typer.Option("--observe", help="New rows for a fit made with --amortize: CSV, TSV, parquet, or - for stdin."),
+    ] = None,
+    refine: Annotated[
+        str,
+        typer.Option("--refine", help="Of --observe with --model: auto corrects the draws, none leaves the encoder's."),
+    ] = "auto",
     solver: options.Solver = None,
     spacing: options.Spacing = None,
     order: options.Order = None,
@@ -53,15 +61,23 @@ def sample(
     from hsivi_cli.io.run_directory import is_posterior_fit
 
     if student is not None and is_posterior_fit(student):
+        from hsivi_cli.cli.observe import observe_rows
         from hsivi_cli.cli.sample_fit import sample_fit
+        from hsivi_cli.io.run_directory import is_amortised_fit
 
         for flag, given in {"--nfe": nfe, "--solver": solver, "--spacing": spacing, "--order": order}.items():
             if given is not None:
                 raise InputError(f"{flag} is for images, and {student} is a posterior fit: leave it out")
+        if is_amortised_fit(student):
+            observe_rows(student, observe, model, refine, n, seed, out, threads, force, as_json)
+            return
+        if observe is not None:
+            raise InputError(f"--observe: {student} was fitted to one data set: fit rows with --amortize for that")
         sample_fit(student, model, n, seed, out, threads, force, as_json)
         return
-    if model is not None:
-        raise InputError("--model belongs to a posterior fit: name its directory")
+    for flag, given in {"--model": model, "--observe": observe}.items():
+        if given is not None:
+            raise InputError(f"{flag} belongs to a posterior fit: name its directory")
     n, out = n or 64, out or "grid.png"
     if out == "-" and console.stdout().isatty():
         raise InputError("--out - would print binary data on the terminal: pipe it, or name a file")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.fit_posterior import progress_lines, show
+from hsivi_cli.cli.fit_output import progress_lines, show
 
 DEFAULT_DRAWS, JUDGED = 4000, 1000
 

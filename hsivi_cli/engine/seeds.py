@@ -19,6 +19,8 @@ class Stream(IntEnum):
 
     INIT = 0
     TRAIN = 1
+    DRAW = 2
+    SIMULATE = 3
 
 
 def generator(seed: int, stream: Stream, *key: int, device: str = "cpu") -> torch.Generator:

@@ -29,6 +29,11 @@ def is_posterior_fit(path: Path) -> bool:
     return (path / CONFIG).is_file() and read_json(path / CONFIG).get("kind") == POSTERIOR
 
 
+def is_amortised_fit(path: Path) -> bool:
+    """Whether such a run is of `--amortize`."""
+    return is_posterior_fit(path) and bool(read_json(path / CONFIG).get("amortize"))
+
+
 def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     """Whether `directory` holds a run to go on with; nothing is written.
 

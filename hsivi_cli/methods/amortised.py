@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hsivi_cli.engine.flat_adam import FlatAdam, flatten
 from hsivi_cli.engine.optimisation import LearningRate
-from hsivi_cli.engine.seeds import Stream
+from hsivi_cli.engine.seeds import NoiseStreams, Stream
 from hsivi_cli.engine.seeds import generator as named_generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods import meta_samplers
@@ -128,7 +128,7 @@ def init(target: AmortisedTarget, config: Config) -> State:
     return State(0, target, config, encoder, optimiser, store, retained)
 
 
-def step(state: State, batch: None, generator: torch.Generator) -> dict[str, float]:
+def step(state: State, batch: Tensor | None, generator: torch.Generator) -> dict[str, float]:
     """One Adam step, in place. Raises InputError in the first for an observation that no prior draw can explain."""
     config = state.config
     state.step += 1
@@ -159,6 +159,13 @@ def samplers_of(target: AmortisedTarget, x: Float[Tensor, "b N"] | None = None) 
     assert target.sample_prior is not None
     observed = target.observed if x is None else x
     return given_observations(target.dim, target.sample_prior, target.log_prior, target.log_likelihood, observed)
+
+
+@torch.no_grad()
+def sample(state: State, noise: NoiseStreams) -> Float[Tensor, "B n d"]:
+    """One draw a noise stream of the posterior of every given observation, unconstrained."""
+    streams = noise.draw((state.encoder.noise_dim,)).double()
+    return state.encoder.sample(streams.expand(len(state.target.observed), -1, -1), state.target.observed)
 
 
 def state_dict(state: State) -> dict[str, Any]:
@@ -268,7 +275,7 @@ def _pool(state: State) -> Simulations:
         size = count * (state.target.dim + state.target.observed.shape[1]) * 4
         if size > config.memory:
             raise InputError(f"{count} simulations take {size / 2**20:.0f} MiB: take fewer --simulations")
-        found = simulate_pairs(state.target, count, named_generator(config.seed, Stream.INIT, 1, index))
+        found = simulate_pairs(state.target, count, named_generator(config.seed, Stream.SIMULATE, index))
         if len(found.z) < 20:
             raise InputError(f"{len(found.z)} simulations that are finite: 20 at least are needed")
         if index > state.pool_index:  # else they are made again, after an interruption

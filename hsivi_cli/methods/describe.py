@@ -45,7 +45,10 @@ def describe_fit(path: Path) -> dict[str, Any]:
     """Facts about a run of `hsivi fit-posterior`: its options and source, and its report once it is finished."""
     facts: dict[str, Any] = {"kind": "posterior fit", "path": str(path), "config": read_json(path / CONFIG)}
     finished = (path / REPORT).is_file()
-    facts |= {"finished": finished, "report": read_json(path / REPORT) if finished else None}
+    report = read_json(path / REPORT) if finished else None
+    if report is not None and isinstance(report.get("observations"), list):
+        report["observations"] = len(report["observations"])  # each is in the file
+    facts |= {"finished": finished, "report": report}
     # the default method trains nothing
     return facts | ({"training": _progress(path)} if (path / METRICS).is_file() else {})
 

@@ -23,6 +23,9 @@ class FitOptions:
     paper: bool = False
     refine: str = "auto"
     seed: int = 0
+    encoder: str | None = None
+    estimator: str | None = None
+    particles: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,24 @@ def _hsivi(module: Any) -> Callable[[FitOptions, Density], Any]:
 
 
 def _wake(options: FitOptions, density: Density) -> smc_wake.Config:
-    return smc_wake.Config(seed=options.seed, **_given(steps=options.steps, lr=options.lr))
+    chosen = _given(steps=options.steps, lr=options.lr, particles=options.particles)
+    chosen |= _given(family=options.encoder, estimator=options.estimator)
+    return smc_wake.Config(seed=options.seed, **chosen)
 
 
 _PATH = frozenset({"steps", "lr", "bridges"})
+_ENCODED = frozenset({"steps", "lr", "encoder", "estimator", "particles"})
 _LAYERED = frozenset({"steps", "lr", "layers", "layerwise"})
 
 POSTERIOR_METHODS: dict[str, PosteriorMethod] = {
     "vi": PosteriorMethod(gaussian_vi, _gaussian, frozenset({"steps", "lr", "covariance"}), whitened=False),
-    "smc-wake": PosteriorMethod(smc_wake, _wake, frozenset({"steps", "lr"}), whitened=False),
+    "smc-wake": PosteriorMethod(smc_wake, _wake, _ENCODED, whitened=False),
     **{kind: PosteriorMethod(langevin_vi, _langevin(kind), _PATH) for kind in langevin_vi.KINDS if kind != "vi"},
     "hsivi-lb": PosteriorMethod(hsivi_lb, _hsivi(hsivi_lb), _LAYERED),
     "hsivi-sm": PosteriorMethod(hsivi_sm_posterior, _hsivi(hsivi_sm_posterior), _LAYERED),
 }
 _FLAGS = {"steps": None, "lr": None, "bridges": None, "layers": None, "layerwise": False, "covariance": "full-rank"}
+_FLAGS |= dict.fromkeys(("encoder", "estimator", "particles"))
 
 
 UNTRAINED = ("auto", "smc")

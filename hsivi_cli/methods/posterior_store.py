@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,9 +23,11 @@ STATE = "fit.safetensors"
 
 @contextmanager
 def fit_directory(
-    save: Path | None, source: Source, data: Any, options: FitOptions, draws: int, resume: bool
+    save: Path | None, source: Source, data: Any, settings: Mapping[str, Any], draws: int, resume: bool
 ) -> Iterator[Path]:
     """The directory that a fit is kept in, held for this process alone, or a temporary one that vanishes.
+
+    `settings`, plain JSON, must be the same again for a run to be resumed.
 
     Raises InputError as `run_directory` does: if it is occupied, or the options of a resumed run differ.
     """
@@ -36,7 +38,7 @@ def fit_directory(
         except (InterruptError, KeyboardInterrupt) as err:
             raise InterruptError("interrupted; nothing was kept: with --save DIR a run can go on later") from err
         return
-    config = {"kind": POSTERIOR, "draws": draws, **asdict(options), "source": _source_facts(source, data)}
+    config = {"kind": POSTERIOR, "draws": draws, **settings, "source": _source_facts(source, data)}
     try:
         with run_directory(save, config, resume):
             yield save
@@ -57,6 +59,8 @@ def load_fit(path: Path, model: str | None = None) -> Fit:
     Raises InputError if the fit was interrupted, is damaged, or was made from another model file.
     """
     config = read_json(path / CONFIG)
+    if config.get("amortize"):
+        raise InputError(f"{path} is an amortised fit: hsivi sample draws from it, with --observe for new rows")
     if not (path / STATE).is_file():
         raise InputError(f"{path} holds an unfinished fit: go on with its command and --resume")
     source = load_source(path, model)

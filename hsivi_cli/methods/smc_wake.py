@@ -1,8 +1,9 @@
 """`--method smc-wake`, one observation: a density fitted to the particles of likelihood-tempered SMC, by inclusive KL.
 
-SMC-Wake (McNamara, Loper, Regier 2024, arXiv 2403.10610), estimator (a): ascend `sum_m P_m sum_k w_k log q(z_k)` over
-all runs m so far, each with the share `P_m` of its evidence. No draw of q takes part in making what q learns from, so
-that it cannot narrow itself; it covers all of the posterior that the samplers have found. Draws carry exact weights.
+SMC-Wake (McNamara, Loper, Regier 2024, arXiv 2403.10610), by default its estimator (a): ascend `sum_m P_m sum_k w_k log
+q(z_k)` over all runs m so far, each with the share `P_m` of its evidence. No draw of q takes part in making what q
+learns from, so that it cannot narrow itself; it covers all of the posterior that the samplers have found. Draws carry
+exact weights.
 """
 
 import math
@@ -18,7 +19,7 @@ from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.io.draws import Draws
 from hsivi_cli.methods import meta_samplers
-from hsivi_cli.methods.meta_samplers import MetaSamplers, StoreConfig
+from hsivi_cli.methods.meta_samplers import Estimator, MetaSamplers, StoreConfig
 from hsivi_cli.methods.smc_posterior import MOVES, require_mass, tempering_target
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.targets.density import Density, find_parts
@@ -44,6 +45,7 @@ class Config:
     particles: int = 500
     refresh_every: int = 250
     draws: int = 256
+    estimator: Estimator = "a"
 
 
 @dataclass
@@ -64,7 +66,7 @@ def init(density: Density, config: Config) -> State:
     find_parts(density)
     encoder = build_encoder(EncoderConfig(family=config.family), density.dim, seed=config.seed)
     optimiser = FlatAdam([(list(encoder.parameters()), 1.0)])
-    keep = StoreConfig(estimator="a", refresh_every=config.refresh_every)
+    keep = StoreConfig(estimator=config.estimator, refresh_every=config.refresh_every)
     store = meta_samplers.make_store(keep, 1, config.particles, density.dim)
     return State(0, density, config, encoder, optimiser, store)
 
@@ -82,8 +84,8 @@ def step(state: State, batch: None, generator: torch.Generator) -> dict[str, flo
         target, smc = tempering_target(state.density), _smc(config)
         meta_samplers.advance(state.store, target, smc, state.step, generator)
     particles = meta_samplers.minibatch(state.store, ONE, generator, config.draws)
-    log_q = state.encoder.log_prob(particles.z[:, 0])
-    loss = meta_samplers.estimator_loss("a", log_q[:, None], particles)
+    log_q = state.encoder.log_prob(particles.z.flatten(1, 2)).reshape(particles.z.shape[:3])
+    loss = meta_samplers.estimator_loss(config.estimator, log_q, particles)
     parameters = list(state.encoder.parameters())
     gradient = flatten(torch.autograd.grad(-loss, parameters))
     usable = bool(gradient.isfinite().all())

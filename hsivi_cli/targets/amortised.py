@@ -19,7 +19,7 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.targets.model import OUT_OF_RANGE, Model, density_of, log_values, prior_sampler, run_batched
 from hsivi_cli.targets.model_calls import as_double, as_scalar, call_simulate, single_draw, user_code
 from hsivi_cli.targets.model_checks import Report, check_model
-from hsivi_cli.targets.supports import Params, constrain_all, coordinate_names
+from hsivi_cli.targets.supports import Parameter, Params, constrain_all, coordinate_names
 from hsivi_cli.targets.user_model import model_maker
 
 BLOCK_ENTRIES = 2_000_000
@@ -43,7 +43,8 @@ class AmortisedTarget:
     (b, N) to (b, k), differentiable, -inf where a point is impossible or the arithmetic breaks down.
     `sample_prior(n, generator)` draws (n, d), `simulate(z, generator)` an observation for each row; each is None where
     the model has none. `observed` are the observations given, (B, N); `constrain` names what the user sees,
-    `coordinates` the columns of z; `facts` are lines to print.
+    `coordinates` the columns of z; `facts` are lines to print. `columns` are those of the table that an observation is
+    made of, in their order, where it is just these; None where the model computes it.
     """
 
     name: str
@@ -56,6 +57,8 @@ class AmortisedTarget:
     simulate: Simulator | None = None
     coordinates: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    columns: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,25 @@ def load_amortised(path: Path, table: Any) -> AmortisedTarget:
     name = Path(path).name
     observed = read_observations(make, table, name)
     first, last = (make(table.iloc[[row]].reset_index(drop=True)) for row in (0, len(table) - 1))
-    return amortise(first, name, observed, generated=_same_generated(first, last))
+    target = amortise(first, name, observed, generated=_same_generated(first, last))
+    return replace(target, columns=find_columns(table, observed))
+
+
+def find_columns(table: Any, observed: Float[Tensor, "B N"]) -> tuple[str, ...] | None:
+    """The columns of `table` that hold the observations, one number each and in this order; None where there are none.
+
+    By them, new rows can be read without the model.
+    """
+    numbers = table.select_dtypes("number")
+    if numbers.shape[1] == observed.shape[1] and bool((numbers.to_numpy(float) == observed.numpy()).all()):
+        return tuple(str(name) for name in numbers.columns)
+    found = []
+    for column in observed.T.numpy():
+        same = [str(name) for name in numbers.columns if bool((numbers[name].to_numpy(float) == column).all())]
+        if len(same) != 1:  # none, or a guess
+            return None
+        found += same
+    return tuple(found) if len(set(found)) == len(found) else None
 
 
 def read_observations(make: Callable[[Any], Model], table: Any, name: str) -> Float[Tensor, "B N"]:
@@ -161,6 +182,7 @@ def amortise(
         _simulator(model, report, name, observed.shape[1]) if model.simulate is not None else None,
         tuple(coordinate_names(parameters)),
         facts,
+        parameters,
     )
 
 

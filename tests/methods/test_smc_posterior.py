@@ -6,32 +6,16 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from conjugate import LOG_Z, SD, X, conjugate
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.methods.posterior_report import report_on
 from hsivi_cli.methods.smc_posterior import draw_smc
-from hsivi_cli.targets.density import Density, Parts, find_parts
+from hsivi_cli.targets.density import find_parts
 from hsivi_cli.targets.regression import regression_density
 from hsivi_cli.targets.whiten import whiten
-
-NORMAL = torch.distributions.Normal
-X = torch.tensor([1.0, -0.5], dtype=torch.float64)
-SD, LOG_Z = 1 / math.sqrt(5), float(NORMAL(0.0, math.sqrt(1.25)).log_prob(X).sum())
-
-
-def conjugate(impossible_below=-math.inf):
-    """z ~ N(0, I), x | z ~ N(z, 0.5^2): the posterior is N(0.8 x, 0.2), log Z that of N(0, 1.25)."""
-
-    def prior(z):
-        return NORMAL(0.0, 1.0).log_prob(z).sum(1)
-
-    def likelihood(z):
-        return torch.where(z[:, 0] > impossible_below, NORMAL(z, 0.5).log_prob(X).sum(1), -math.inf)
-
-    parts = Parts(lambda n, g: torch.randn(n, 2, generator=g, dtype=torch.float64), prior, likelihood)
-    return Density("conjugate", 2, lambda z: prior(z) + likelihood(z), parts=parts)
 
 
 def test_draws_and_evidence_are_those_of_a_conjugate_gaussian():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conjugate import LOG_Z, SD, X, conjugate
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -15,25 +16,8 @@ from hsivi_cli.methods import smc_wake
 from hsivi_cli.methods.posterior import draw_posterior, fit_posterior, restore, state_tree
 from hsivi_cli.methods.posterior_registry import FitOptions
 from hsivi_cli.methods.posterior_report import report_on
-from hsivi_cli.targets.density import Density, Parts
 
-NORMAL = torch.distributions.Normal
-X = torch.tensor([1.0, -0.5], dtype=torch.float64)
-SD, LOG_Z = 1 / math.sqrt(5), float(NORMAL(0.0, math.sqrt(1.25)).log_prob(X).sum())
 SMALL = smc_wake.Config(steps=60, runs=4, particles=200, refresh_every=20, lr=0.01)
-
-
-def conjugate(impossible_below=-math.inf):
-    """z ~ N(0, I), x | z ~ N(z, 0.5^2): the posterior is N(0.8 x, 0.2), log Z that of N(0, 1.25)."""
-
-    def prior(z):
-        return NORMAL(0.0, 1.0).log_prob(z).sum(1)
-
-    def likelihood(z):
-        return torch.where(z[:, 0] > impossible_below, NORMAL(z, 0.5).log_prob(X).sum(1), -math.inf)
-
-    parts = Parts(lambda n, g: torch.randn(n, 2, generator=g, dtype=torch.float64), prior, likelihood)
-    return Density("conjugate", 2, lambda z: prior(z) + likelihood(z), parts=parts)
 
 
 def trained(config, steps=None, state=None):
