@@ -13,6 +13,7 @@ from hsivi_cli.evaluation.calibration import judge_ranks
 
 RNG = np.random.default_rng(0)
 R, L = 60, 49
+RED, ORANGE = (0xB9, 0x1C, 0x1C), (0xC2, 0x41, 0x0C)
 
 
 def names(p):
@@ -48,7 +49,7 @@ def says(path, text):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("p", "b"), [(1, 2), (6, 300), (50, 100_000)])
+@pytest.mark.parametrize(("p", "b"), [(1, 2), (50, 100_000)])
 def test_a_check_of_any_number_of_columns_and_observations_is_legible(tmp_path, p, b):
     plot_encoder_check(tmp_path / "check.png", *checked(p), RNG.normal(0.3, 0.2, b))
     width, height, ink = ink_of(tmp_path / "check.png")
@@ -87,21 +88,20 @@ def test_the_check_names_what_it_shows_and_says_what_it_leaves_out(tmp_path):
 
 
 def test_what_fails_is_red(tmp_path):
-    red = (0xB9, 0x1C, 0x1C)
-    plot_encoder_check(tmp_path / "good.png", *checked(3), np.full(300, 0.3))
-    plot_encoder_check(tmp_path / "bad.png", *checked(3, low=25), np.full(300, 0.3))
-    plot_encoder_check(tmp_path / "khat.png", *checked(3), np.full(300, 0.9))
-    assert colours_in(tmp_path / "good.png", *red) == 0
-    assert colours_in(tmp_path / "bad.png", *red) > 0.003
-    assert 0.0003 < colours_in(tmp_path / "khat.png", *red) < colours_in(tmp_path / "bad.png", *red)
+    plot_encoder_check(tmp_path / "good.png", *checked(1), np.full(300, 0.3))
+    plot_encoder_check(tmp_path / "bad.png", *checked(1, low=25), np.full(300, 0.3))
+    plot_encoder_check(tmp_path / "khat.png", *checked(1), np.full(300, 0.9))
+    assert colours_in(tmp_path / "good.png", *RED) == 0
+    assert colours_in(tmp_path / "bad.png", *RED) > 0.003
+    assert 0.0003 < colours_in(tmp_path / "khat.png", *RED) < colours_in(tmp_path / "bad.png", *RED)
 
 
 @pytest.mark.filterwarnings("error")
 def test_checks_that_cannot_be_drawn_do_no_harm(tmp_path):
     sbc, coverage = checked(1)
-    for number, khats in enumerate((np.zeros(0), np.array([np.nan]), np.array([-np.inf, 1e300]), np.full(500, np.inf))):
-        plot_encoder_check(tmp_path / f"{number}.png", sbc, coverage, khats)
     alone = judge_ranks(["(density)"], sbc.ranks[:, :1], L)
+    for number, khats in enumerate((np.zeros(0), np.array([np.nan]), np.array([-np.inf, 1e300]), np.full(500, np.inf))):
+        plot_encoder_check(tmp_path / f"{number}.png", alone, coverage, khats)
     plot_encoder_check(tmp_path / "alone.png", alone, coverage)
     assert ink_of(tmp_path / "alone.png")[1] < 650  # no empty row of ranks
     other = coverage_curve(torch.as_tensor(RNG.integers(0, 20, 100)), 19)  # of other simulations than the ranks
@@ -110,7 +110,7 @@ def test_checks_that_cannot_be_drawn_do_no_harm(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("b", "p"), [(1, 1), (2, 1), (1, 2), (7, 2), (3, 3), (150, 50)])
+@pytest.mark.parametrize(("b", "p"), [(1, 1), (2, 1), (7, 2), (150, 50)])
 def test_posteriors_of_any_number_of_observations_and_parameters_are_legible(tmp_path, b, p):
     draws, truths = posteriors(b, p)
     plot_amortised(tmp_path / "a.png", names(p), draws, "a verdict", truths)
@@ -118,9 +118,7 @@ def test_posteriors_of_any_number_of_observations_and_parameters_are_legible(tmp
     assert 450 < width < 2200
     assert 350 < height < 1300
     assert 0.01 < ink < 0.6
-    assert colours_in(tmp_path / "a.png", 0xC2, 0x41, 0x0C) > 0.0005  # truths
-    plot_amortised(tmp_path / "b.png", names(p), draws, "a verdict")
-    assert colours_in(tmp_path / "b.png", 0xC2, 0x41, 0x0C) == 0
+    assert colours_in(tmp_path / "a.png", *ORANGE) > 0.0001  # truths
 
 
 def test_posteriors_say_what_they_leave_out(tmp_path):
@@ -151,8 +149,10 @@ def test_draws_that_cannot_be_drawn_do_no_harm(tmp_path):
     plot_amortised(tmp_path / "b.png", names(2), draws[:, :, :2], truths=truths[:, :2])
     plot_amortised(tmp_path / "c.png", names(1), np.full((2, 10, 1), np.nan))
     plot_amortised(tmp_path / "d.png", names(2), np.zeros((2, 10, 2)))
-    plot_amortised(tmp_path / "e.png", names(3), 1e-300 * posteriors(3, 3)[0])
-    plot_amortised(tmp_path / "f.png", names(3), posteriors(3, 3, 1)[0])  # a single draw
+    plot_amortised(tmp_path / "e.png", names(3), 1e-300 * posteriors(1, 3)[0])
+    plot_amortised(tmp_path / "f.png", names(3), posteriors(2, 3, 1)[0])  # a single draw
+    assert colours_in(tmp_path / "a.png", *ORANGE) > 0
+    assert colours_in(tmp_path / "f.png", *ORANGE) == 0
 
 
 def test_what_does_not_go_together_is_one_clear_line(tmp_path):
