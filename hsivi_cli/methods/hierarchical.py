@@ -1,0 +1,164 @@
+"""`--method hierarchical`: a VAE whose posterior has a level of auxiliary variables above it.
+
+`q(u | x)` and `q(z | u, x)` are diagonal Gaussians, so that q(z | x) is a mixture of infinitely many; `r(u | z, x)`
+stands in for the posterior of u given z, and
+
+    log p(x) >= E[log p(x, z) + log r(u | z, x) - log q(u | x) - log q(z | u, x)]
+
+(Ranganath, Tran, Blei 2016, arXiv 1511.02386; Maaloe et al. 2016, arXiv 1602.05473). The bracket is a log weight with
+`E exp = p(x)` exactly, whatever r is, so that its mean is a true ELBO of the model, not of the approximation alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hsivi_cli.engine.flat_adam import FlatAdam
+from hsivi_cli.engine.seeds import Stream, generator
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.latent_draws import LatentDraws
+from hsivi_cli.methods import latent_training
+from hsivi_cli.methods.flow_posterior import DRAWS_AT_ONCE, FEWEST_DRAWS
+from hsivi_cli.methods.latent_training import (
+    State,
+    TrainingConfig,
+    descend,
+    gaussian_log_prob,
+    log_joint,
+    make_state,
+    warmed,
+)
+from hsivi_cli.methods.vae import PLAIN
+from hsivi_cli.networks.decoders import mlp_trunk
+from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
+from hsivi_cli.targets.latent import LatentTask
+
+state_dict, load_state_dict = latent_training.state_dict, latent_training.load_state_dict
+
+
+@dataclass(frozen=True)
+class Config(TrainingConfig):
+    """Plain JSON fields; `auxiliary` is the dimension of u (0: as many as z), its networks have a layer of `width`."""
+
+    auxiliary: int = 0
+    width: int = 128
+
+
+class _Conditional(nn.Module):
+    """A diagonal Gaussian of `outputs` numbers given a vector of them and the features of x."""
+
+    def __init__(self, inputs: int, features: int, outputs: int, width: int, start: torch.Generator) -> None:
+        super().__init__()
+        self.trunk = mlp_trunk(inputs + features, (width,), width, start)
+        self.head = nn.utils.skip_init(nn.Linear, width, 2 * outputs)
+        with torch.no_grad():
+            self.head.weight.normal_(0, 0.1 / width**0.5, generator=start)
+            self.head.bias.zero_()
+
+    def forward(self, value: Float[Tensor, "k n i"], psi: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
+        """Mean and log sd, each (k, n, outputs)."""
+        both = torch.cat([value, psi.expand(*value.shape[:-1], -1)], -1)
+        mean, log_sd = self.head(self.trunk(both)).chunk(2, -1)
+        return mean, log_sd
+
+
+class TwoLevels(nn.Module):
+    """q(u | x), q(z | u, x) = the Gaussian encoder moved by u, and r(u | z, x)."""
+
+    def __init__(self, upper: RandomEncoder, lower: _Conditional, reverse: _Conditional) -> None:
+        super().__init__()
+        self.upper, self.lower, self.reverse = upper, lower, reverse
+
+    def forward(
+        self, x: Float[Tensor, "n D"], noise: Float[Tensor, "k n a"], below: Float[Tensor, "k n d"]
+    ) -> tuple[Float[Tensor, "k n d"], Float[Tensor, "k n"]]:
+        """z, and `log q(u | x) + log q(z | u, x) - log r(u | z, x)`: what takes the place of log q(z | x)."""
+        psi = self.upper.features(x)
+        own = psi * self.upper.norm.root
+        first = self.upper.mean_head(psi)[0], self.upper.log_sd_head(psi)[0]
+        auxiliary = noise.shape[-1]
+        # the heads give u's moments, then z's
+        u_mean, u_sd = first[0][..., :auxiliary], _sd(first[1][..., :auxiliary])
+        u = u_mean + u_sd * noise
+        moved, widened = self.lower(u, own)
+        z_mean = first[0][..., auxiliary:] + moved
+        z_sd = _sd(first[1][..., auxiliary:] + widened)
+        z = z_mean + z_sd * below
+        r_mean, r_log_sd = self.reverse(z, own)
+        log_r = gaussian_log_prob(u, r_mean, _sd(r_log_sd))
+        return z, gaussian_log_prob(u, u_mean, u_sd) + gaussian_log_prob(z, z_mean, z_sd) - log_r
+
+
+def init(target: LatentTask, config: Config) -> State:
+    """A fresh run on a copy of the target's model. Raises InputError for numbers out of their range."""
+    if config.auxiliary < 0 or config.width < 1:
+        raise InputError(f"auxiliary is {config.auxiliary}, width {config.width}: use 0 or more, and 1 or more")
+    state = make_state(target, config, PLAIN, PLAIN)
+    dim, like = state.model.prior.dim, state.model.like()
+    auxiliary = config.auxiliary or dim
+    begin = generator(config.seed, Stream.INIT, 1)
+    features = state.encoder.norm.width
+    upper = RandomEncoder(state.encoder.trunk, config.features, auxiliary + dim, PLAIN, PLAIN, begin, config.normalise)
+    lower = _Conditional(auxiliary, features, dim, config.width, begin)
+    reverse = _Conditional(dim, features, auxiliary, config.width, begin)
+    encoder = TwoLevels(upper, lower, reverse).to(like.device, like.dtype)
+    learnt = [p for p in state.model.parameters() if p.requires_grad]
+    parameters = [p for p in (*encoder.parameters(), *learnt) if p.requires_grad]
+    return replace(state, encoder=cast(Any, encoder), optimiser=FlatAdam([(parameters, 1.0)]), parameters=parameters)
+
+
+def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
+    """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
+    config: Config = state.config
+    state.step += 1
+    x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
+    z, log_q = state.encoder(x, *_noise(state, len(x), config.samples, generator))
+    log_likelihood = state.model.log_likelihood(x, z).mean()
+    prior_kl = (log_q - state.model.prior.log_prob(z)).mean()
+    loss = warmed(config, state.step) * prior_kl - log_likelihood
+    metrics = {"elbo": float((log_likelihood - prior_kl).detach()), "prior_kl": float(prior_kl.detach())}
+    metrics["grad_norm"] = descend(state, loss)
+    return metrics
+
+
+def _sd(log_sd: Tensor) -> Tensor:
+    clamped = log_sd.clamp(LOWEST_LOG_SD, HIGHEST_LOG_SD)
+    # with the gradient of the identity: a row beyond the edge must find its way back
+    return (log_sd + (clamped - log_sd).detach()).exp()
+
+
+def _noise(state: State, rows: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    dim = state.model.prior.dim
+    auxiliary = state.config.auxiliary or dim
+    noise = torch.randn(k, rows, auxiliary + dim, generator=generator, dtype=state.parameters[0].dtype)
+    above, below = noise.to(state.parameters[0].device).split([auxiliary, dim], -1)
+    return above, below
+
+
+@dataclass(frozen=True)
+class HierarchicalPosterior:
+    """The mixture q(z | x) (LatentPosterior)."""
+
+    state: State
+
+    @torch.no_grad()
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+        """k draws a row, weights with the exact auxiliary ratio; mean and sd of the draws, or of 64 where k is less."""
+        state = self.state
+        rows = latent_training.as_rows(state, x)
+        many = max(k, FEWEST_DRAWS)
+        parts = []
+        for part in rows.split(max(1, DRAWS_AT_ONCE // many)):
+            z, log_q = state.encoder(part, *_noise(state, len(part), many, generator))
+            parts.append((z[:k], log_joint(state.model, part, z[:k]) - log_q[:k].double(), z.mean(0), z.std(0)))
+        z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+        mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+        return LatentDraws(z, log_weight, mean, sd)
+
+
+def posterior(state: State) -> HierarchicalPosterior:
+    """Both levels as they are now."""
+    return HierarchicalPosterior(state)

@@ -1,0 +1,172 @@
+"""Priors of latents, each with an exact sampler and the exact density of what it samples, smooth in z.
+
+Sampling is float64 and returned in torch's default type, on the generator's device; `log_prob` keeps the type of z.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.targets.latent_shapes import LOG_TWO_PI, Petals, Pinwheel, Square, SwissRoll, as_default, normal_noise
+
+PRIORS = ("normal", "pinwheel", "swiss-roll", "square", "mixture")
+
+
+class LatentPrior(Protocol):
+    """A density on R^dim, and where it has `classes` above 1, one of each class; their equal mixture is the whole."""
+
+    name: str
+    dim: int
+    classes: int
+
+    def sample(self, n: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """n draws."""
+
+    def log_prob(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n"]:
+        """Log density, exact and differentiable."""
+
+    def sample_class(self, k: Int[Tensor, " n"], generator: torch.Generator) -> Float[Tensor, "n d"]:
+        """A draw of each class named in k."""
+
+    def log_prob_class(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n classes"]:
+        """Log density of each class."""
+
+
+class Normal:
+    """N(0, I)."""
+
+    name, classes = "normal", 1
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws."""
+        return as_default(normal_noise(generator, n, self.dim))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density."""
+        return -0.5 * (z.square().sum(-1) + self.dim * LOG_TWO_PI)
+
+    def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
+        """The one class is the whole."""
+        return self.sample(len(k), generator)
+
+    def log_prob_class(self, z: Tensor) -> Tensor:
+        """The one class is the whole."""
+        return self.log_prob(z)[..., None]
+
+
+class ClusterPrior(nn.Module):
+    """`z = h_k + s_k N(0, I)` with class k of learned weight: heads (K, d), log scales (K,), logits (K,).
+
+    Draws of a class are differentiable in its head and scale. `base` is the scale at the start (the study's .125),
+    `spread` the standard deviation of the heads: heads that begin together stay together.
+    """
+
+    name = "clusters"
+
+    def __init__(
+        self,
+        clusters: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        base: float = 0.125,
+        spread: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if clusters < 2:
+            raise InputError(f"--clusters {clusters}: two clusters or more are needed")
+        self.classes, self.dim = clusters, dim
+        self.heads = nn.Parameter(spread * torch.randn(clusters, dim, generator=generator))
+        self.log_scale = nn.Parameter(torch.full((clusters,), math.log(base)))
+        self.logits = nn.Parameter(torch.zeros(clusters))
+
+    @property
+    def log_weights(self) -> Float[Tensor, " K"]:
+        """Log weights of the clusters."""
+        return self.logits.log_softmax(-1)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws, clusters by their weights."""
+        weights = self.log_weights.detach().exp().to(generator.device)
+        return self.sample_class(torch.multinomial(weights, n, True, generator=generator), generator)
+
+    def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw of each cluster named in k."""
+        noise = normal_noise(generator, len(k), self.dim).to(self.heads)
+        k = k.to(self.heads.device)
+        return self.heads[k] + self.log_scale[k].exp()[:, None] * noise
+
+    def log_prob_class(self, z: Tensor) -> Tensor:
+        """Log density of each cluster, without its weight."""
+        square = (z[..., None, :] - self.heads).square().sum(-1)
+        return -0.5 * square * (-2 * self.log_scale).exp() - self.dim * (self.log_scale + 0.5 * LOG_TWO_PI)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the weighted mixture."""
+        return (self.log_prob_class(z) + self.log_weights).logsumexp(-1)
+
+
+class WithBackground:
+    """`(1 - share) p(z) + share N(0, I)`: thin priors fall by thousands of nats within the first steps' reach."""
+
+    def __init__(self, prior: LatentPrior, share: float) -> None:
+        self.inner, self.share = prior, share
+        self.name, self.dim, self.classes = prior.name, prior.dim, prior.classes
+        self._broad = Normal(prior.dim)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws."""
+        return self._replace(self.inner.sample(n, generator), generator)
+
+    def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw of each class, of which the background is a part."""
+        return self._replace(self.inner.sample_class(k, generator), generator)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the mixture."""
+        return self._mix(self.inner.log_prob(z), self._broad.log_prob(z))
+
+    def log_prob_class(self, z: Tensor) -> Tensor:
+        """Log density of each class."""
+        return self._mix(self.inner.log_prob_class(z), self._broad.log_prob_class(z))
+
+    def _mix(self, log_thin: Tensor, log_broad: Tensor) -> Tensor:
+        return torch.logaddexp(log_thin + math.log1p(-self.share), log_broad + math.log(self.share))
+
+    def _replace(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        broad = self._broad.sample(len(z), generator)
+        chosen = torch.rand(len(z), 1, generator=generator, device=generator.device) < self.share
+        return torch.where(chosen, broad, z)
+
+
+def make_prior(name: str, dim: int, background: float = 0.0) -> LatentPrior:
+    """The prior of that name in `dim` dimensions, `background` of it a N(0, I) (see WithBackground).
+
+    Raises InputError for a name there is not, and for dimensions the prior does not have.
+    """
+    if name not in PRIORS:
+        raise InputError(f'there is no prior "{name}": choose {", ".join(PRIORS)}, or give --clusters')
+    if not 0 <= background < 1:
+        raise InputError(f"the background of a prior is a share from 0 to below 1, not {background:g}")
+    if name in ("pinwheel", "mixture") and dim != 2:
+        raise InputError(f"the {name} prior has two dimensions, not {dim}: use --latent 2, or another prior")
+    if name in ("swiss-roll", "square") and dim < 2:
+        raise InputError(f"the {name} prior has two dimensions or more, not {dim}: use --latent 2, or another prior")
+    found: LatentPrior
+    if name == "normal":
+        return Normal(dim)
+    if name == "pinwheel":
+        found = Pinwheel()
+    elif name == "mixture":
+        found = Petals()
+    elif name == "swiss-roll":
+        found = SwissRoll(dim)
+    else:
+        found = Square(dim)
+    return WithBackground(found, background) if background else found
