@@ -35,6 +35,19 @@ METHODS = (
     "hsivi-lb",
     "hsivi-sm",
 )
+LATENT_METHODS = (
+    "ddvi",
+    "gpvae",
+    "vae",
+    "iwae",
+    "iaf",
+    "nsf",
+    "hierarchical",
+    "aae",
+    "sa-vae",
+    "vae-decay",
+    "pca",
+)
 AMORTISED_ONLY = ("npe", "wake", "defensive-wake", "msc")
 DEFAULT_DRAWS = 4000
 
@@ -56,22 +69,34 @@ def fit_posterior(
         str | None,
         typer.Option(
             "--family",
-            help="gaussian, bernoulli, binomial, poisson, negative-binomial or student-t. Default: guessed.",
+            help="gaussian, bernoulli, binomial, poisson, negative-binomial or student-t; of --model latent gaussian, "
+            "bernoulli, binomial or categorical. Default: guessed.",
         ),
     ] = None,
     prior: Annotated[
         list[str] | None,
-        typer.Option("--prior", help="As 'b=normal(0,10)', 'Intercept=flat', 'sigma=half_cauchy(2.5)'; may repeat."),
+        typer.Option(
+            "--prior",
+            help="As 'b=normal(0,10)', 'Intercept=flat', 'sigma=half_cauchy(2.5)'; may repeat. Of --model latent "
+            "normal, pinwheel, swiss-roll, square or mixture.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="Your Python file that defines model(data) -> hsivi_cli.Model; it is run."),
+        typer.Option(
+            "--model",
+            help="Your Python file that defines model(data) -> hsivi_cli.Model; it is run. Or latent: a map of rows.",
+        ),
     ] = None,
     example: Annotated[str | None, typer.Option("--example", help="A named example, or 'list' to see them.")] = None,
     na: Annotated[str, typer.Option("--na", help="Rows with missing values: error or drop.")] = "error",
     method: Annotated[
         str,
-        typer.Option("--method", help=f"{', '.join(METHODS)}; with --amortize smc-wake, {', '.join(AMORTISED_ONLY)}."),
+        typer.Option(
+            "--method",
+            help=f"{', '.join(METHODS)}; with --amortize smc-wake, {', '.join(AMORTISED_ONLY)}; with --model latent "
+            f"{', '.join(LATENT_METHODS)}.",
+        ),
     ] = "auto",
     amortize: Annotated[
         bool,
@@ -104,6 +129,30 @@ def fit_posterior(
         str | None,
         typer.Option("--shape", help="With --amortize: 10x3 if a row is a set of 10 triples, 1x8x8 if an image."),
     ] = None,
+    latent: Annotated[
+        int | None, typer.Option("--latent", min=1, help="Of --model latent: how many latents a row has. Default: 2.")
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option("--clusters", min=2, help="Of --model latent: a prior of so many learned clusters.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="Of --model latent: a column of labels, never data; ddvi learns from it."),
+    ] = None,
+    color_by: Annotated[
+        str | None, typer.Option("--color-by", help="Of --model latent: a column, never data, to colour and score by.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", help="Of --model latent: train these too, as vae,iaf,pca; one table.")
+    ] = None,
+    iwae: Annotated[
+        int | None,
+        typer.Option("--iwae", min=1, max=100_000, help="Of --model latent: draws K a row behind log p(x); 64."),
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        typer.Option("--hold-out", help="Of --model latent: share of the rows to measure on. Default: 0.1."),
+    ] = None,
     covariance: Annotated[
         str, typer.Option("--covariance", help="Of --method vi: full-rank or mean-field.")
     ] = "full-rank",
@@ -121,7 +170,12 @@ def fit_posterior(
     ] = False,
     draws: Annotated[
         int | None,
-        typer.Option("--draws", "-n", min=10, help="Posterior draws: 4000; of each row with --amortize 1000."),
+        typer.Option(
+            "--draws",
+            "-n",
+            min=1,
+            help="Posterior draws: 4000; of each row with --amortize 1000, with --model latent none.",
+        ),
     ] = None,
     refine: Annotated[
         str,
@@ -145,7 +199,9 @@ def fit_posterior(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted --save run: same options plus this.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="fit.png: ELBO trace, marginals, pairs.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="fit.png: ELBO trace, marginals, pairs; or the map.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that exist.")] = False,
     seed: options.Seed = 0,
     threads: options.Threads = 0,
@@ -163,19 +219,53 @@ def fit_posterior(
         return
     if formula is not None and not formula.strip():
         raise InputError('--formula is empty: write one, as "y ~ x", or leave it out for the last column on all others')
+    if out == "-" and as_json:
+        raise InputError("--out - and --json both want stdout: write to a file with --out")
+    if resume and save is None:
+        raise InputError("--resume needs the --save directory of the interrupted run")
+    of_latents: dict[str, Any] = {
+        "latent": latent,
+        "clusters": clusters,
+        "labels": labels,
+        "color_by": color_by,
+        "iwae": iwae,
+    }
+    of_latents["hold_out"] = hold_out
+    of_amortised: dict[str, Any] = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
+    if model == "latent":
+        from hsivi_cli.cli.fit_latent import LatentWanted, fit_latent, options_from
+
+        unused: dict[str, Any] = {"formula": formula, "example": example, "amortize": amortize, "layerwise": layerwise}
+        unused |= {"encoder": encoder, "estimator": estimator, "particles": particles, "sbc": sbc} | of_amortised
+        unused |= {"bridges": bridges, "layers": layers}
+        unused |= {"refine": refine != "auto", "covariance": covariance != "full-rank", "na": na != "error"}
+        for name, given in unused.items():
+            if given:
+                raise InputError(f"--{name} does nothing with --model latent: leave it out")
+        options.check_choice("--method", method, ("auto", *LATENT_METHODS))
+        chosen_latents = of_latents | {"family": family, "steps": steps, "lr": lr, "seed": seed}
+        fit_latent(
+            data,
+            options_from(method, tuple(prior or ()), compare, paper, **chosen_latents),
+            LatentWanted(draws, out, save, resume, plot, force, threads, as_json),
+        )
+        return
+    for name, value in (of_latents | {"compare": compare}).items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} goes with --model latent: add it, or leave --{flag} out")
+    if method in LATENT_METHODS:
+        raise InputError(f"--method {method} is for rows with latents: add --model latent")
+    if draws is not None and draws < 10:
+        raise InputError(f"--draws {draws}: 10 or more are needed")
     options.check_choice("--method", method, (*METHODS, *AMORTISED_ONLY))
     if method in AMORTISED_ONLY and not amortize:
         raise InputError(f"--method {method} learns from many observations: add --amortize, with a row for each")
     options.check_choice("--covariance", covariance, ("full-rank", "mean-field"))
     options.check_choice("--refine", refine, ("auto", "none", "hmc", "smc"))
     options.check_choice("--na", na, ("error", "drop"))
-    if out == "-" and as_json:
-        raise InputError("--out - and --json both want stdout: write to a file with --out")
-    if resume and save is None:
-        raise InputError("--resume needs the --save directory of the interrupted run")
     source = Source(data, formula, family, tuple(prior or ()), model, example, na)
     check_source(source)
-    extra = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if amortize:
         unused = {"--bridges": bridges, "--layers": layers, "--layerwise": layerwise, "--paper": paper}
         for flag, given in unused.items():
@@ -185,11 +275,11 @@ def fit_posterior(
         from hsivi_cli.methods.amortised_options import AmortisedOptions
 
         chosen = "smc-wake" if method == "auto" else method
-        fields: dict[str, Any] = extra | {"encoder": encoder, "estimator": estimator, "particles": particles}
+        fields: dict[str, Any] = of_amortised | {"encoder": encoder, "estimator": estimator, "particles": particles}
         wanted = Wanted(draws, refine, sbc, out, save, resume, plot, force, threads, as_json)
         fit_amortised(source, AmortisedOptions(chosen, steps=steps, lr=lr, seed=seed, **fields), wanted)
         return
-    for name, value in extra.items():
+    for name, value in of_amortised.items():
         if value is not None:
             raise InputError(f"--{name} goes with --amortize: add it, or leave --{name} out")
     draws = draws or DEFAULT_DRAWS

@@ -35,7 +35,10 @@ def sample(
     ] = None,
     observe: Annotated[
         str | None,
-        typer.Option("--observe", help="New rows for a fit made with --amortize: CSV, TSV, parquet, or - for stdin."),
+        typer.Option(
+            "--observe",
+            help="New rows for a fit made with --amortize or --model latent: CSV, TSV, parquet, or - for stdin.",
+        ),
     ] = None,
     refine: Annotated[
         str,
@@ -62,12 +65,18 @@ def sample(
 
     if student is not None and is_posterior_fit(student):
         from hsivi_cli.cli.observe import observe_rows
+        from hsivi_cli.cli.observe_latent import is_latent_fit, sample_latent
         from hsivi_cli.cli.sample_fit import sample_fit
         from hsivi_cli.io.run_directory import is_amortised_fit
 
         for flag, given in {"--nfe": nfe, "--solver": solver, "--spacing": spacing, "--order": order}.items():
             if given is not None:
                 raise InputError(f"{flag} is for images, and {student} is a posterior fit: leave it out")
+        if is_latent_fit(student):
+            if model is not None:
+                raise InputError(f"--model {model}: {student} was not fitted with a model file: leave it out")
+            sample_latent(student, observe, n, seed, out, threads, force, as_json)
+            return
         if is_amortised_fit(student):
             observe_rows(student, observe, model, refine, n, seed, out, threads, force, as_json)
             return

@@ -3,7 +3,7 @@
 Each step has three phases with an optimiser each: encoder and decoder raise `E log p(x | z)`; a discriminator learns to
 tell encoded rows from draws of the prior; the encoder learns to deceive it. Encoded rows as a whole come to look like
 the prior; the encoder of one row is a point, so there is neither a posterior density nor a bound, and draws have no
-weight. With `noise="gaussian"` the encoder is a Gaussian: a density nobody has fitted to a bound, but weights are exact.
+weight. With `noise="gaussian"` the encoder is a Gaussian that no bound was fitted to, but its weights are exact.
 """
 
 import math
@@ -18,7 +18,6 @@ from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
-from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import TrainingConfig, gaussian_draws, make_state
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.decoders import MlpDecoder

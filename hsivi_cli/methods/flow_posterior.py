@@ -1,7 +1,7 @@
 """`--method iaf` and `--method nsf`: a VAE whose posterior is a normalising flow of zuko.
 
-`z = m(x) + h(x) T(noise; x)`, where T is autoregressive in the direction of sampling: affine, the inverse autoregressive
-flow of Kingma et al. (2016, arXiv 1606.04934), or a rational-quadratic spline (Durkan et al. 2019, arXiv 1906.04032).
+`z = m(x) + h(x) T(noise; x)`, T autoregressive in the direction of sampling: affine, the inverse autoregressive flow of
+Kingma et al. (2016, arXiv 1606.04934), or a rational-quadratic spline (Durkan et al. 2019, arXiv 1906.04032).
 A draw and its density are one pass; densities of other points, which need T's inverse, are never asked for. Trunk and
 heads are those of `vae`, and T starts near the identity, so that the start is a VAE's.
 """
@@ -21,7 +21,7 @@ from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import State, TrainingConfig, descend, log_joint, make_state, warmed
 from hsivi_cli.methods.vae import PLAIN
-from hsivi_cli.networks.random_function import RandomEncoder
+from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
 from hsivi_cli.objectives.vae_bounds import importance_weighted_bound
 from hsivi_cli.targets.latent import LatentTask
 
@@ -58,6 +58,8 @@ class FlowEncoder(nn.Module):
         """z and log q(z | x), one pass over the noise."""
         psi = self.base.features(x)
         mean, log_sd = self.base.mean_head(psi)[0], self.base.log_sd_head(psi)[0]
+        # with the gradient of the identity: a row beyond the edge must find its way back
+        log_sd = log_sd + (log_sd.clamp(LOWEST_LOG_SD, HIGHEST_LOG_SD) - log_sd).detach()
         u, log_det = self.flow(psi * self.base.norm.root).transform.call_and_ladj(noise)
         log_base = latent_training.gaussian_log_prob(noise, torch.zeros_like(noise), torch.ones_like(noise))
         return mean + log_sd.exp() * u, log_base - log_det - log_sd.sum(-1)

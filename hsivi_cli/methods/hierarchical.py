@@ -1,14 +1,15 @@
 """`--method hierarchical`: a VAE whose posterior has a level of auxiliary variables above it.
 
-`q(u | x)` and `q(z | u, x)` are diagonal Gaussians, so that q(z | x) is a mixture of infinitely many; `r(u | z, x)`
-stands in for the posterior of u given z, and
+`q(u)` and `q(z | u, x)` are diagonal Gaussians, so that q(z | x) is a mixture of infinitely many (a Gaussian q(u | x)
+would be no wider a family: q(z | u, x) can do its shift and scale); `r(u | z, x)` stands in for u's posterior, and
 
-    log p(x) >= E[log p(x, z) + log r(u | z, x) - log q(u | x) - log q(z | u, x)]
+    log p(x) >= E[log p(x, z) + log r(u | z, x) - log q(u) - log q(z | u, x)]
 
 (Ranganath, Tran, Blei 2016, arXiv 1511.02386; Maaloe et al. 2016, arXiv 1602.05473). The bracket is a log weight with
 `E exp = p(x)` exactly, whatever r is, so that its mean is a true ELBO of the model, not of the approximation alone.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -36,6 +37,9 @@ from hsivi_cli.networks.decoders import mlp_trunk
 from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
 from hsivi_cli.targets.latent import LatentTask
 
+COUPLED = 0.7
+"""Correlation of u and z at the start."""
+
 state_dict, load_state_dict = latent_training.state_dict, latent_training.load_state_dict
 
 
@@ -48,48 +52,55 @@ class Config(TrainingConfig):
 
 
 class _Conditional(nn.Module):
-    """A diagonal Gaussian of `outputs` numbers given a vector of them and the features of x."""
+    """A diagonal Gaussian of `outputs` numbers given a vector of them and the features of x.
+
+    It starts at N(c value, 1 - c^2) with c = COUPLED, the conditional of a pair of standard normals.
+    """
 
     def __init__(self, inputs: int, features: int, outputs: int, width: int, start: torch.Generator) -> None:
         super().__init__()
         self.trunk = mlp_trunk(inputs + features, (width,), width, start)
+        self.straight = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
         self.head = nn.utils.skip_init(nn.Linear, width, 2 * outputs)
         with torch.no_grad():
             self.head.weight.normal_(0, 0.1 / width**0.5, generator=start)
             self.head.bias.zero_()
+            self.head.bias[outputs : outputs + min(inputs, outputs)] = 0.5 * math.log(1 - COUPLED**2)
+            self.straight.weight.copy_(COUPLED * torch.eye(outputs, inputs))
 
     def forward(self, value: Float[Tensor, "k n i"], psi: Float[Tensor, "n p"]) -> tuple[Tensor, Tensor]:
         """Mean and log sd, each (k, n, outputs)."""
         both = torch.cat([value, psi.expand(*value.shape[:-1], -1)], -1)
         mean, log_sd = self.head(self.trunk(both)).chunk(2, -1)
-        return mean, log_sd
+        return mean + self.straight(value), log_sd
 
 
 class TwoLevels(nn.Module):
-    """q(u | x), q(z | u, x) = the Gaussian encoder moved by u, and r(u | z, x)."""
+    """The Gaussian encoder's mean and sd, q(z | u, x) in their units, and r(u | z, x) with z in their units.
 
-    def __init__(self, upper: RandomEncoder, lower: _Conditional, reverse: _Conditional) -> None:
+    At the start u and z are a pair of Gaussians, r is exact and the bound a VAE's: with z independent of u the bound
+    would be stationary in both networks, and u remain unused.
+    """
+
+    def __init__(self, base: RandomEncoder, lower: _Conditional, reverse: _Conditional) -> None:
         super().__init__()
-        self.upper, self.lower, self.reverse = upper, lower, reverse
+        self.base, self.lower, self.reverse = base, lower, reverse
 
     def forward(
-        self, x: Float[Tensor, "n D"], noise: Float[Tensor, "k n a"], below: Float[Tensor, "k n d"]
+        self, x: Float[Tensor, "n D"], u: Float[Tensor, "k n a"], noise: Float[Tensor, "k n d"]
     ) -> tuple[Float[Tensor, "k n d"], Float[Tensor, "k n"]]:
-        """z, and `log q(u | x) + log q(z | u, x) - log r(u | z, x)`: what takes the place of log q(z | x)."""
-        psi = self.upper.features(x)
-        own = psi * self.upper.norm.root
-        first = self.upper.mean_head(psi)[0], self.upper.log_sd_head(psi)[0]
-        auxiliary = noise.shape[-1]
-        # the heads give u's moments, then z's
-        u_mean, u_sd = first[0][..., :auxiliary], _sd(first[1][..., :auxiliary])
-        u = u_mean + u_sd * noise
-        moved, widened = self.lower(u, own)
-        z_mean = first[0][..., auxiliary:] + moved
-        z_sd = _sd(first[1][..., auxiliary:] + widened)
-        z = z_mean + z_sd * below
-        r_mean, r_log_sd = self.reverse(z, own)
-        log_r = gaussian_log_prob(u, r_mean, _sd(r_log_sd))
-        return z, gaussian_log_prob(u, u_mean, u_sd) + gaussian_log_prob(z, z_mean, z_sd) - log_r
+        """z, and `log q(u) + log q(z | u, x) - log r(u | z, x)`: what takes the place of log q(z | x)."""
+        psi = self.base.features(x)
+        mean, log_unit = self.base.mean_head(psi)[0], _bounded(self.base.log_sd_head(psi)[0])
+        own = psi * self.base.norm.root
+        moved, log_sd = self.lower(u, own)
+        sd = _bounded(log_sd).exp()
+        v = moved + sd * noise
+        r_mean, r_log_sd = self.reverse(v, own)
+        log_r = gaussian_log_prob(u, r_mean, _bounded(r_log_sd).exp())
+        log_u = gaussian_log_prob(u, torch.zeros_like(u), torch.ones_like(u))
+        log_q = gaussian_log_prob(v, moved, sd) - log_unit.sum(-1)
+        return mean + log_unit.exp() * v, log_u + log_q - log_r
 
 
 def init(target: LatentTask, config: Config) -> State:
@@ -101,10 +112,9 @@ def init(target: LatentTask, config: Config) -> State:
     auxiliary = config.auxiliary or dim
     begin = generator(config.seed, Stream.INIT, 1)
     features = state.encoder.norm.width
-    upper = RandomEncoder(state.encoder.trunk, config.features, auxiliary + dim, PLAIN, PLAIN, begin, config.normalise)
     lower = _Conditional(auxiliary, features, dim, config.width, begin)
     reverse = _Conditional(dim, features, auxiliary, config.width, begin)
-    encoder = TwoLevels(upper, lower, reverse).to(like.device, like.dtype)
+    encoder = TwoLevels(state.encoder, lower, reverse).to(like.device, like.dtype)
     learnt = [p for p in state.model.parameters() if p.requires_grad]
     parameters = [p for p in (*encoder.parameters(), *learnt) if p.requires_grad]
     return replace(state, encoder=cast(Any, encoder), optimiser=FlatAdam([(parameters, 1.0)]), parameters=parameters)
@@ -124,10 +134,9 @@ def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.G
     return metrics
 
 
-def _sd(log_sd: Tensor) -> Tensor:
-    clamped = log_sd.clamp(LOWEST_LOG_SD, HIGHEST_LOG_SD)
+def _bounded(log_sd: Tensor) -> Tensor:
     # with the gradient of the identity: a row beyond the edge must find its way back
-    return (log_sd + (clamped - log_sd).detach()).exp()
+    return log_sd + (log_sd.clamp(LOWEST_LOG_SD, HIGHEST_LOG_SD) - log_sd).detach()
 
 
 def _noise(state: State, rows: int, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

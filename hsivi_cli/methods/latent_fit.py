@@ -1,0 +1,261 @@
+"""Latent-variable models of rows: the split, the training through the one loop, and draws of the latents of rows."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hsivi_cli.engine import loop
+from hsivi_cli.engine.seeds import Stream, generator
+from hsivi_cli.errors import InputError, InterruptError
+from hsivi_cli.io.latent_draws import LatentDraws
+from hsivi_cli.io.rows import Rows, clean, read_rows
+from hsivi_cli.io.run_directory import CHECKPOINT
+from hsivi_cli.methods.ddvi_classes import assign
+from hsivi_cli.methods.latent_registry import (
+    METHODS,
+    LatentOptions,
+    check_latent,
+    method_config,
+    model_config,
+    only,
+)
+from hsivi_cli.targets.latent import LatentModel, LatentTask, ModelConfig, build_model
+from hsivi_cli.targets.likelihoods import likelihood_for
+
+if TYPE_CHECKING:
+    import pandas
+
+BATCH, LABELLED_SHARE = 128, 0.25
+MOST_HELD_OUT = 10_000
+NEVER = 2**62  # checkpoints come by the clock, and at the end
+LOG_EVERY = 100
+ROWS_AT_ONCE = 2000
+MEAN_DRAWS, FEW_DRAWS, MANY_ROWS = 32, 8, 50_000
+"""Draws behind a row's mean and standard deviation where more are not asked for; for more rows than that, few."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows in the order train, test: `order` (N,) says where each stood in the source, from 0.
+
+    `labels` (N,) of `--labels` and `colors` (N,) of the column to score and colour by are -1 where unknown, in the same
+    order; None where there are none. `names` are the classes of `colors`. `facts` are lines to tell.
+    """
+
+    rows: Rows
+    train: int
+    order: Int[np.ndarray, " N"]
+    model: ModelConfig
+    labels: Tensor | None
+    colors: Tensor | None
+    color_column: str | None
+    names: tuple[str, ...]
+    gaps: bool
+    facts: tuple[str, ...]
+
+    @property
+    def values(self) -> Float[Tensor, "N D"]:
+        """All rows, those to train on first."""
+        return self.rows.tensor()
+
+    @property
+    def test(self) -> Float[Tensor, "n D"]:
+        """The rows held out; all rows where none is."""
+        return self.values[self.train :] if self.train < len(self.rows) else self.values
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A method's run: its state, what draws from it, and the CPU seconds that training took here."""
+
+    name: str
+    state: Any
+    posterior: Any
+    seconds: float
+
+    @property
+    def model(self) -> LatentModel:
+        """The fitted model."""
+        model: LatentModel = self.state.model
+        return model
+
+
+def read_latent(source: str, options: LatentOptions) -> Rows:
+    """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
+    check_latent(options)
+    kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by) if name))
+    rows = clean(read_rows(source, labels=kept))
+    for name in kept:
+        if rows.other is None or name not in rows.other.columns:
+            rows.labels(name)  # says which there are
+    if options.latent > rows.values.shape[1]:
+        raise InputError(
+            f"--latent {options.latent} is more than the {rows.values.shape[1]} columns of {rows.source}: choose fewer"
+        )
+    return rows
+
+
+def prepare(rows: Rows, options: LatentOptions) -> Prepared:
+    """Split the rows (the memory of `rows` is reordered), read the labels, choose the model. Raises InputError."""
+    labels, classes = rows.labels(options.labels) if options.labels else (None, ())
+    column = options.color_by or options.labels
+    colors, names = rows.labels(column) if column else (None, ())
+    model, facts = model_config(options, rows, len(classes))
+    try:
+        likelihood_for(model.likelihood, rows.tensor(), rows.columns)
+    except InputError as err:
+        raise InputError(f"{rows.source}: {err}") from err
+    count = len(rows)
+    held = min(round(options.hold_out * count), MOST_HELD_OUT, count - 2)
+    if options.hold_out and held < 1:
+        held = 0
+        facts += (f"{count} rows are too few to hold any out: all figures are of rows trained on",)
+    elif held:
+        facts += (f"{held} of {count} rows are held out by seed {options.seed}; all figures are of those",)
+    order = _move_to_end(rows.values, held, options.seed)
+    places = torch.from_numpy(order)
+    labels, colors = (None if codes is None else codes[places] for codes in (labels, colors))
+    gaps = _any_missing(rows.values)
+    if gaps:
+        facts += ("values are missing: the likelihood leaves them out, the encoder is told which ones",)
+    if labels is not None and held and "ddvi" in options.methods:
+        facts += ("ddvi is told the labels of the rows it trains on, never of those held out",)
+    elif labels is not None:
+        facts += (f'{options.method} learns nothing from --labels "{options.labels}": they colour and score',)
+    return Prepared(rows, count - held, order, model, labels, colors, column, names, gaps, (*rows.facts, *facts))
+
+
+def train(
+    prepared: Prepared,
+    name: str,
+    options: LatentOptions,
+    directory: Path,
+    on_log: Callable[[dict[str, Any]], None],
+    resume: bool,
+) -> Trained:
+    """Train a method in `directory`, or go on with what is there. Raises InputError, RunError and InterruptError."""
+    rows = prepared.values[: prepared.train]
+    known = prepared.labels[: prepared.train] if prepared.labels is not None and name == "ddvi" else None
+    config = method_config(name, only(options, name), prepared.model, prepared.gaps)
+    module: Any = METHODS[name].module
+    state = module.init(LatentTask(rows, build_model(prepared.model, rows), known), config)
+    if resume and (directory / CHECKPOINT).is_file():
+        loop.resume(module, state, directory)
+    settings = loop.LoopConfig(config.steps, config.seed, LOG_EVERY, checkpoint_every=NEVER)
+    batch: Any = _batches(rows, known)
+    hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps, "method": name}), batch=batch)
+    began = time.process_time()
+    if loop.run_loop(module, state, settings, directory, hooks):
+        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+    return Trained(name, state, module.posterior(state), time.process_time() - began)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Of n rows: posterior means and standard deviations (n, d), draws (k, n, d) or None, the cluster of each or None.
+
+    `uncertainty` (n,) is that of the approximation itself, where the method has one.
+    """
+
+    mean: Float[Tensor, "n d"]
+    sd: Float[Tensor, "n d"]
+    draws: Float[Tensor, "k n d"] | None
+    cluster: Int[Tensor, " n"] | None
+    uncertainty: Float[Tensor, " n"] | None
+
+
+@torch.no_grad()
+def latents_of(
+    posterior: Any,
+    model: LatentModel,
+    x: Float[Tensor, "n D"],
+    seed: int,
+    draws: int = 0,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> Latents:
+    """Latents of rows, block by block; a row's draws do not change with what else is asked for in the same order."""
+    k = max(draws, MEAN_DRAWS if len(x) <= MANY_ROWS else FEW_DRAWS)
+    clustered = model.prior.classes > 1
+    parts: list[tuple[Tensor | None, ...]] = []
+    for index, block in enumerate(x.split(ROWS_AT_ONCE)):
+        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index))
+        cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
+        novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
+        parts.append((found.mean, found.sd, found.z[:draws] if draws else None, cluster, novelty))
+        on_rows(min((index + 1) * ROWS_AT_ONCE, len(x)))
+    mean, sd, drawn, cluster, novelty = (_joined([part[i] for part in parts], 1 if i == 2 else 0) for i in range(5))
+    assert mean is not None
+    assert sd is not None
+    return Latents(mean, sd, drawn, cluster, novelty)
+
+
+def in_order(latents: Latents, order: Int[np.ndarray, " N"]) -> Latents:
+    """Latents in the order of the source."""
+    places = torch.from_numpy(np.argsort(order))
+    draws = None if latents.draws is None else latents.draws[:, places]
+    cluster, uncertainty = (None if part is None else part[places] for part in (latents.cluster, latents.uncertainty))
+    return Latents(latents.mean[places], latents.sd[places], draws, cluster, uncertainty)
+
+
+def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas.DataFrame":
+    """One row an observation: what stood beside the numbers, then z1.., z1.sd.., cluster, uncertainty, z1.draw1..."""
+    import pandas
+
+    columns: dict[str, Any] = {"row": np.arange(1, len(latents.mean) + 1)}
+    if beside is not None:
+        columns |= {str(name): beside[name].to_numpy() for name in beside.columns}
+    names = [f"z{j + 1}" for j in range(latents.mean.shape[1])]
+    for suffix, values in (("", latents.mean), (".sd", latents.sd)):
+        columns |= {name + suffix: values[:, j].float().numpy() for j, name in enumerate(names)}
+    if latents.cluster is not None:
+        columns["cluster"] = latents.cluster.numpy() + 1
+    if latents.uncertainty is not None:
+        columns["uncertainty"] = latents.uncertainty.float().numpy()
+    if latents.draws is not None:
+        for i, drawn in enumerate(latents.draws):
+            columns |= {f"{name}.draw{i + 1}": drawn[:, j].float().numpy() for j, name in enumerate(names)}
+    return pandas.DataFrame(columns)
+
+
+def _joined(parts: list[Any], axis: int) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts, axis)
+
+
+def _batches(rows: Tensor, labels: Tensor | None) -> Callable[[torch.Generator], Any]:
+    """A minibatch from a step's own generator; a quarter of it are rows with a label, where there are labels."""
+    size = min(BATCH, len(rows))
+    known = None if labels is None else (labels >= 0).nonzero()[:, 0]
+
+    def batch(generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(rows), (size,), generator=generator)
+        if labels is None:
+            return rows[chosen]
+        assert known is not None
+        some = -(-size // round(1 / LABELLED_SHARE))
+        chosen[:some] = known[torch.randint(len(known), (some,), generator=generator)]
+        return rows[chosen], labels[chosen]
+
+    return batch
+
+
+def _move_to_end(values: Float[np.ndarray, "N D"], held: int, seed: int) -> Int[np.ndarray, " N"]:
+    """Swap `held` rows, drawn by the seed, to the end of `values` in place; returns where each row stood before."""
+    count = len(values)
+    order = np.arange(count)
+    chosen = torch.randperm(count, generator=generator(seed, Stream.INIT, 7))[:held].numpy()
+    ahead = np.sort(chosen[chosen < count - held])
+    behind = np.setdiff1d(np.arange(count - held, count), chosen)
+    order[ahead], order[behind] = behind, ahead
+    values[ahead], values[behind] = values[behind], values[ahead]
+    return order
+
+
+def _any_missing(values: np.ndarray) -> bool:
+    return any(bool(np.isnan(values[i : i + 65536]).any()) for i in range(0, len(values), 65536))

@@ -1,0 +1,246 @@
+"""What a latent-variable fit says of itself: likelihood of rows held out, the map's scores, and a verdict."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hsivi_cli.engine.seeds import Stream, generator
+from hsivi_cli.errors import RunError
+from hsivi_cli.evaluation.latent_metrics import (
+    RUN_BANDWIDTHS,
+    Bounds,
+    bounds,
+    cluster_scores,
+    collapse,
+    inference_gaps,
+    kmeans_clusters,
+    knn_accuracy,
+    latent_nll,
+)
+from hsivi_cli.evaluation.pareto import smooth_weights
+from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
+from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
+from hsivi_cli.methods.latent_registry import MANY_MODES, PAPER
+
+MOST_TEST, MOST_JUDGED, KHAT_DRAWS = 2000, 50, 500
+"""Rows held out that the likelihood is estimated on, those whose weights are judged, and draws of each of those."""
+DRAWS_AT_ONCE = 50_000
+FEW, MANY = 0.1, 0.5
+"""Shares of the judged rows whose k-hat may be above the limit: for trust, and for use at all."""
+WIDE_GAP = 1.0
+"""Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
+MOST_SCORED, MOST_CLASSES, MOST_GAP, PRIOR_DRAWS = 5000, 100, 32, 5000
+"""Rows trained on that a map is scored with, classes scored, rows of the amortisation gap, points of an NLL."""
+GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
+"""Methods whose amortisation gap means something: the best of a search is of their own family."""
+
+
+@dataclass(frozen=True)
+class LatentReport:
+    """Figures of one method on n rows: bounds in nats a row with standard errors over rows; None: there is none.
+
+    `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `explained` is the share of the variance of rows
+    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    """
+
+    method: str
+    rows: int
+    held_out: bool
+    iwae_samples: int
+    iwae: float | None
+    iwae_se: float | None
+    elbo: float | None
+    elbo_se: float | None
+    pseudo_elbo: float | None
+    explained: float
+    used: int
+    latent: int
+    khats: tuple[float, ...]
+    scores: dict[str, float]
+    seconds: float
+    steps: int
+    verdict: Verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        fields = asdict(self)
+        fields["verdict"] = {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}
+        khats = np.array(self.khats or (math.nan,))
+        above = float((khats > KHAT_BAD).mean()) if self.khats else None
+        fields["khat"] = {"rows": len(self.khats), "median": float(np.median(khats)), "share_above_0.7": above}
+        return {name: value for name, value in fields.items() if name != "khats"}
+
+
+def report_on_fit(
+    trained: Trained,
+    prepared: Prepared,
+    iwae_samples: int,
+    seed: int,
+    gap: bool = False,
+    on_stage: Callable[[int], None] = lambda stages: None,
+) -> LatentReport:
+    """Measure a fit on the rows held out (at most 2000 of them), in three stages; `gap`: the amortisation gap too.
+
+    Raises InputError where the latents are not finite.
+    """
+    x, posterior, model = prepared.test[:MOST_TEST], trained.posterior, trained.model
+    found = bounds(posterior, x, iwae_samples, generator(seed, Stream.SIMULATE, 0))
+    on_stage(1)
+    khats = _khats(posterior, x[:MOST_JUDGED], seed) if found is not None else ()
+    pseudo = None
+    if hasattr(posterior, "pseudo_elbo"):
+        pseudo = float(posterior.pseudo_elbo(x, generator(seed, Stream.SIMULATE, 0)).mean())
+    on_stage(1)
+    latents = latents_of(posterior, model, x, seed, 1)
+    assert latents.draws is not None
+    if not bool(latents.mean.isfinite().all() and latents.draws.isfinite().all()):
+        raise RunError("diverged: the latents are not finite: use a lower --lr")
+    scale = _prior_sd(model)
+    used = collapse(latents.mean.float() / scale, latents.sd.float() / scale).active
+    with torch.no_grad():
+        rebuilt = model.reconstruct(latents.draws[0].to(model.like())).float()
+    scores = score_map(trained, prepared, latents, seed)
+    if gap and trained.name in GAUSSIAN:
+        scores["amortisation gap"] = _amortisation_gap(trained, x, latents, seed)
+    on_stage(1)
+    return LatentReport(
+        trained.name,
+        len(x),
+        prepared.train < len(prepared.rows),
+        iwae_samples,
+        None if found is None else found.iwae,
+        None if found is None else found.iwae_se,
+        None if found is None else found.elbo,
+        None if found is None else found.elbo_se,
+        pseudo,
+        _explained(x, rebuilt),
+        used,
+        latents.mean.shape[1],
+        khats,
+        scores,
+        trained.seconds,
+        trained.state.step,
+        _judge(trained.name, found, khats, used, latents.mean.shape[1]),
+    )
+
+
+def score_map(trained: Trained, prepared: Prepared, latents: Latents, seed: int) -> dict[str, float]:
+    """Scores of the map: latent NLL where the prior is thin; k-NN accuracy and clusters where there are classes.
+
+    `latents` are those of the first test rows, a draw each. Clusters are those of the prior, or by k-means as many as
+    there are classes; where a method has seen labels, of the rows held out alone.
+    """
+    scores: dict[str, float] = {}
+    thin, classes = prepared.model.background > 0, len(prepared.names)
+    classified = prepared.colors is not None and 2 <= classes <= min(MOST_CLASSES, len(prepared.rows) // 5)
+    if not thin and not classified:
+        return scores
+    train = min(prepared.train, MOST_SCORED)
+    seen = latents_of(trained.posterior, trained.model, prepared.values[:train], seed + 1, 1)
+    assert seen.draws is not None
+    assert latents.draws is not None
+    if thin:
+        points = trained.model.prior.sample(PRIOR_DRAWS, generator(seed, Stream.SIMULATE, 2))
+        scores["latent NLL"] = latent_nll(torch.cat([seen.draws[0], latents.draws[0]]), points, RUN_BANDWIDTHS)
+    if not classified or prepared.colors is None:
+        return scores
+    first = prepared.train if prepared.train < len(prepared.rows) else 0
+    truth = prepared.colors[first : first + len(latents.mean)]
+    before, mean = (map_points(trained.name, part) for part in (seen, latents))
+    if first and bool((truth >= 0).any()) and bool((prepared.colors[:train] >= 0).any()):
+        scores["20-NN"] = knn_accuracy(before, prepared.colors[:train], mean, truth)
+    cluster = latents.cluster
+    if first and prepared.labels is None:
+        mean, truth = torch.cat([before, mean]), torch.cat([prepared.colors[:train], truth])
+        if cluster is not None and seen.cluster is not None:
+            cluster = torch.cat([seen.cluster, cluster])
+    if cluster is None and classes > len(mean):
+        return scores
+    if bool((truth >= 0).any()):
+        found = cluster_scores(truth, kmeans_clusters(mean, classes, 5) if cluster is None else cluster)
+        scores |= {"purity": found.purity, "completeness": found.completeness, "NMI": found.nmi}
+    return scores
+
+
+def map_points(name: str, latents: Latents) -> Float[Tensor, "n d"]:
+    """Where rows lie on the map: their means, or a draw of each where posteriors may have several modes."""
+    return latents.draws[0] if name in MANY_MODES and latents.draws is not None else latents.mean
+
+
+def _amortisation_gap(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> float:
+    """Nats a row between the encoder's Gaussian and the best one of a search from it, over a few rows."""
+    like, rows = trained.model.like(), slice(0, MOST_GAP)
+    parts = (x[rows], latents.mean[rows], latents.sd[rows])
+    x, mean, sd = (part.to(like) for part in parts)
+    gaps = inference_gaps(trained.model.log_joint, x, mean, sd, generator(seed, Stream.SIMULATE, 3), draws=200)
+    return float(gaps.amortisation.mean())
+
+
+def _prior_sd(model: Any) -> Float[Tensor, " d"]:
+    drawn = model.prior.sample(4096, torch.Generator().manual_seed(0)).detach()
+    sd: Tensor = drawn.std(0).float().cpu()
+    return sd
+
+
+def _explained(x: Float[Tensor, "n D"], rebuilt: Float[Tensor, "n D"]) -> float:
+    """1 - squared error over variance, summed over the columns in units of each column's own spread."""
+    there = ~x.isnan()
+    count = there.sum(0).clamp_min(1)
+    mean = x.nan_to_num(0.0).sum(0) / count
+    spread = (x - mean).nan_to_num(0.0).square().sum(0)
+    error = (x - rebuilt).nan_to_num(0.0).square().sum(0)
+    moving = spread > 0
+    return float(1 - (error[moving] / spread[moving]).mean()) if bool(moving.any()) else math.nan
+
+
+def _khats(posterior: Any, x: Float[Tensor, "n D"], seed: int) -> tuple[float, ...]:
+    """k-hat of the weights of each row; infinite where no draw has any."""
+    found: list[float] = []
+    for index, block in enumerate(x.split(max(1, DRAWS_AT_ONCE // KHAT_DRAWS))):
+        log_weight = posterior.draw(block, KHAT_DRAWS, generator(seed, Stream.SIMULATE, 1, index)).log_weight
+        for row in log_weight.T:
+            try:
+                found.append(smooth_weights(row).khat)
+            except RunError:
+                found.append(math.inf)
+    return tuple(found)
+
+
+def _judge(method: str, found: Bounds | None, khats: tuple[float, ...], used: int, latent: int) -> Verdict:
+    """Weights carry the verdict: where most rows' weights have a tail that cannot be corrected, nothing is left."""
+    findings: list[tuple[Level, str]] = []
+    if method == PAPER:
+        findings.append(("care", "what --paper calls an ELBO is not a bound, and no weights check its draws"))
+    elif found is None:
+        findings.append(("care", f"draws of {method} have no density: nothing checks them"))
+    else:
+        findings.append(_of_weights(found, khats))
+    if used == 0:
+        findings.append(("care", f"collapsed: none of the {latent} latents varies with the row, the map says nothing"))
+    elif 2 * used <= latent:
+        findings.append(("care", f"collapsed: {used} of {latent} latents vary with the row"))
+    order = ("trust", "care", "no")
+    level = max((level for level, _ in findings), key=order.index)
+    reasons = tuple(text for own, text in findings if own == level)
+    return Verdict(level, reasons, f"{WORDS[level]}: {'; '.join(reasons)}")
+
+
+def _of_weights(found: Bounds, khats: tuple[float, ...]) -> tuple[Level, str]:
+    lost = int((~(found.elbo_rows.isfinite() & found.iwae_rows.isfinite())).sum())
+    if lost:
+        rows = len(found.elbo_rows)
+        return "no", f"the bound of {lost} of {rows} rows is not finite: use a lower --lr or more --steps"
+    gap = max(0.0, float((found.iwae_rows - found.elbo_rows).mean()))
+    high = sum(khat > KHAT_BAD for khat in khats) / max(len(khats), 1)
+    text = f"IWAE-{found.draws} is {gap:.2f} nats above the ELBO, k-hat above {KHAT_BAD} in {high:.0%} of rows"
+    if high > MANY:
+        return "no", f"{text}: draws are not of the posterior, use the map alone"
+    if high > FEW or gap > WIDE_GAP:
+        return "care", f"{text}: draws are only near the posterior's"
+    return "trust", text

@@ -1,0 +1,208 @@
+"""`hsivi fit-posterior --model latent` and `hsivi sample` of such fits, as their users type them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from hsivi_cli.cli.app import main
+
+FEW = ("--model", "latent", "--steps", "5", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(50, 1))
+    frame = pd.DataFrame(z + 0.3 * rng.normal(size=(50, 4)), columns=list("abcd"))
+    frame["people"] = np.where(z[:, 0] > 0, "east", "west")
+    frame["age"] = rng.integers(20, 60, 50)
+    frame["flat"] = 1.0
+    path = tmp_path_factory.mktemp("data") / "rows.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fit(table, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fit") / "FIT"
+    assert run(table, *FEW, "--method", "vae", "--color-by", "age", "--save", path) == 0
+    return path
+
+
+def run(*argv):
+    return main(["fit-posterior", *map(str, argv)])
+
+
+def sample(*argv):
+    return main(["sample", *map(str, argv), "--threads", "1"])
+
+
+def fails(capsys, says, code):
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert says in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_map_of_rows_with_everything(table, tmp_path, capsys):
+    out, plot = tmp_path / "latents.csv", tmp_path / "map.png"
+    code = run(table, *FEW, "--color-by", "people", "--labels", "age", "--method", "gpvae", "--out", out, "-n", 2,
+               "--plot", plot)  # fmt: skip
+    text, err = capsys.readouterr()
+    assert code in (0, 3)
+    assert "IWAE-64" in text
+    assert "20-NN" in text
+    assert "5 of 50 rows are held out by seed 0" in err
+    assert "constant and left out: flat" in err
+    frame = pd.read_csv(out)
+    assert list(frame.columns) == [
+        "row", "people", "age", "z1", "z2", "z1.sd", "z2.sd", "uncertainty",
+        "z1.draw1", "z2.draw1", "z1.draw2", "z2.draw2",
+    ]  # fmt: skip
+    source = pd.read_csv(table)
+    assert list(frame["people"]) == list(source["people"])
+    assert list(frame["row"]) == list(range(1, 51))
+    with Image.open(plot) as picture:
+        assert min(picture.size) > 300
+
+
+def test_one_table_compares_methods_on_one_split(table, capsys):
+    code = run(table, *FEW, "--method", "vae", "--compare", "vae,pca,aae", "--color-by", "people", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert code in (0, 3)
+    assert [report["method"] for report in found["compared"]] == ["vae", "pca", "aae"]
+    assert found["method"] == "vae"
+    vae, pca, aae = found["compared"]
+    assert {report["rows"] for report in found["compared"]} == {5}
+    assert pca["elbo"] == pytest.approx(pca["iwae"], abs=1e-9)
+    assert vae["elbo"] < vae["iwae"]
+    assert aae["iwae"] is None
+    assert "amortisation gap" in vae["scores"]
+
+
+def test_new_rows_get_the_latents_that_the_fit_gave_them(table, fit, tmp_path, capsys):
+    again = tmp_path / "again.csv"
+    assert sample(fit, "--observe", table, "--out", again) == 0
+    assert sample(fit, "--observe", table) == 0
+    assert "latents of 50 rows" in capsys.readouterr().out
+    frame = pd.read_csv(again)
+    assert len(frame) == 50
+    assert np.isfinite(frame[["z1", "z2", "z1.sd", "z2.sd"]]).all(axis=None)
+    shifted = pd.read_csv(table)
+    shifted.loc[3, "a"] = 1e4
+    shifted[["d", "c", "b", "a"]].to_csv(tmp_path / "far.csv", index=False)
+    assert sample(fit, "--observe", tmp_path / "far.csv", "--json") == 0
+    out, err = capsys.readouterr()
+    assert "1 of 50 rows have a number far beyond" in err
+    # the columns were found by name, in another order
+    np.testing.assert_allclose(np.array(json.loads(out)["mean"])[:3], frame[["z1", "z2"]].to_numpy()[:3], atol=0.6)
+
+
+def test_fantasies_are_rows_or_pictures(fit, tmp_path, capsys):
+    assert sample(fit, "-n", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "z1,z2,a,b,c,d"
+    assert len(lines) == 4
+    fails(capsys, "rows of numbers", sample(fit, "--out", tmp_path / "x.png"))
+    kept = tmp_path / "D"
+    assert run("digits", *FEW, "--method", "vae", "--save", kept) in (0, 3)
+    grid = tmp_path / "grid.png"
+    assert sample(kept, "-n", 9, "--out", grid) == 0
+    with Image.open(grid) as picture:
+        assert min(picture.size) >= 400
+    assert main(["inspect", str(kept), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["kind"] == "posterior fit"
+    assert facts["report"]["latent"] == 2
+
+
+def test_missing_values_are_fitted_around(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(40, 3))
+    values[rng.random(values.shape) < 0.2] = np.nan
+    pd.DataFrame(values, columns=list("abc")).to_csv(tmp_path / "gaps.csv", index=False)
+    for method in ("ddvi", "vae", "aae", "pca"):
+        assert run(tmp_path / "gaps.csv", *FEW, "--method", method, "--json") in (0, 3)
+        out, err = capsys.readouterr()
+        assert "values are missing" in err
+        assert method == "aae" or np.isfinite(json.loads(out)["iwae"])
+
+
+def test_a_stream_of_latents_is_nothing_but_csv(table, capsys):
+    assert run(table, *FEW, "--method", "pca", "--out", "-") in (0, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("row,people,z1,z2")
+    assert len(lines) == 51
+
+
+def test_a_saved_run_is_not_overwritten_and_must_be_the_same(table, fit, capsys):
+    fails(capsys, "add --resume", run(table, *FEW, "--method", "vae", "--save", fit))
+    fails(
+        capsys,
+        "--resume: seed was 0, now 1",
+        run(table, *FEW, "--method", "vae", "--color-by", "age", "--save", fit, "--resume", "--seed", 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--latent", "9"), "--latent 9 is more than the 5 columns"),
+        (("--labels", "nope"), "nope"),
+        (("--color-by", "nope"), "nope"),
+        (("--compare", "vae,tsne"), "--compare tsne"),
+        (("--method", "smc"), "--method 'smc' is unknown"),
+        (("--prior", "a=normal(0,1)"), "--model latent has one prior"),
+        (("--prior", "pinwheel", "--clusters", "3"), "exclude each other"),
+        (("--prior", "pinwheel", "--latent", "1"), "two dimensions"),
+        (("--formula", "a ~ b"), "--formula does nothing with --model latent"),
+        (("--paper", "--method", "vae"), "--paper does nothing for --method vae"),
+        (("--family", "bernoulli"), "0 and 1"),
+        (("--out", "x.nc"), "latents are a table"),
+        (("--out", "-", "--json"), "both want stdout"),
+        (("--resume",), "--resume needs the --save"),
+        (("--hold-out", "1"), "--hold-out 1"),
+        (("--labels", "people", "--prior", "normal"), "--labels needs a prior"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_one_line(table, argv, says, capsys):
+    fails(capsys, says, run(table, *FEW, *argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a,b\n1,2\n", "one row only"),
+        ("a,b\n1,2\n1,2\n", "none of the 2 columns"),
+        ("a,b\nx,y\nu,v\n", "no column of numbers"),
+        ("a,b\n1,2\n2,oops\n3,4\n", "not a number"),
+        ("a,b\n1,inf\n2,3\n", "infinite"),
+    ],
+)
+def test_rows_that_are_none_are_refused_in_one_line(tmp_path, text, says, capsys):
+    (tmp_path / "bad.csv").write_text(text)
+    fails(capsys, says, run(tmp_path / "bad.csv", *FEW))
+
+
+def test_genotypes_are_0_1_or_2(tmp_path, capsys):
+    (tmp_path / "geno.csv").write_text("s1,s2\n0,1\n2,1\n1,0\n3,2\n")
+    fails(capsys, 'column "s1", row 4 is 3', run(tmp_path / "geno.csv", *FEW, "--family", "binomial"))
+
+
+def test_options_of_latents_need_the_word(table, tmp_path, capsys, monkeypatch):
+    for argv in (("--latent", "2"), ("--labels", "people"), ("--hold-out", "0.2"), ("--compare", "vae")):
+        fails(capsys, f"{argv[0]} goes with --model latent", run(table, *argv))
+    fails(capsys, "add --model latent", run(table, "--method", "ddvi"))
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, "does not exist", run(table, "--model", "./latent"))
+    fails(capsys, "unfinished", _unfinished(tmp_path))
+
+
+def _unfinished(tmp_path):
+    (tmp_path / "U").mkdir()
+    (tmp_path / "U" / "config.json").write_text('{"kind": "posterior", "latent_model": true}')
+    return sample(tmp_path / "U")
