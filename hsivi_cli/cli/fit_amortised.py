@@ -68,7 +68,9 @@ def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted
             console.story(fact)
         config = configure(settings, target)
         _announce(target, config)
-        with fit_directory(wanted.save, source, table, settings_of(config) | {"draws_of_a_row": n}, n, wanted.resume) as directory:
+        with fit_directory(
+            wanted.save, source, table, settings_of(config) | {"draws_of_a_row": n}, n, wanted.resume
+        ) as directory:
             state = train(target, config, directory, _training_lines(config.method), wanted.resume)
             if state.lost:
                 console.warn(f"{state.lost} of {state.simulated} simulations were not finite and are left out")

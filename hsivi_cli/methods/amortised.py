@@ -49,12 +49,12 @@ class Config:
 
     method: Literal["smc-wake", "npe", "wake", "defensive-wake", "msc"] = "smc-wake"
     estimator: Estimator = "a"
-    steps: int = 5000
+    steps: int = 3000
     seed: int = 0
-    lr: float = 1e-3
+    lr: float = 1e-2
     batch: int = 32
-    draws: int = 64
-    pairs: int = 256
+    draws: int = 16
+    pairs: int = 512
     sleep: float = 0.0
     simulations: int = 0
     runs: int = 1
@@ -65,7 +65,7 @@ class Config:
     refresh_count: int = 10
     memory: int = 2**29
     shape: tuple[int, ...] | None = None
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(hidden=(128, 128)))
 
     @property
     def simulates(self) -> bool:
