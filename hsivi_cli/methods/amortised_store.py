@@ -31,7 +31,10 @@ LOG_EVERY = 100
 
 @dataclass(frozen=True)
 class Opened:
-    """A fit to draw from. Without the model's file `target` is None and observations are read by `columns`."""
+    """A fit to draw from. Without the model's file `target` is None and observations are read by `columns`.
+
+    `order` is that of the columns in the table of the fit.
+    """
 
     encoder: Encoder
     config: amortised.Config
@@ -40,6 +43,7 @@ class Opened:
     target: AmortisedTarget | None
     make: Callable[[Any], Any] | None
     report: dict[str, Any]
+    order: tuple[str, ...] = ()
 
     @property
     def encoder_width(self) -> int:
@@ -107,9 +111,9 @@ def open_amortised(path: Path, model: str | None) -> Opened:
     columns = None if tree["columns"] is None else tuple(tree["columns"])
     report = read_json(path / REPORT)
     if model is not None:
-        source = load_source(path, model)
-        target = load_amortised(Path(model), read_source(source))
-        return Opened(encoder, config, target.constrain, columns, target, model_maker(Path(model)), report)
+        table = read_source(load_source(path, model))
+        target, order = load_amortised(Path(model), table), tuple(table.columns)
+        return Opened(encoder, config, target.constrain, columns, target, model_maker(Path(model)), report, order)
     if tree["parameters"] is None:
         raise InputError(f"{path}: name the model file with --model, its parameters are known to it alone")
     parameters = tuple(Parameter(p["name"], tuple(p["shape"]), p["support"]) for p in tree["parameters"])
@@ -119,7 +123,10 @@ def open_amortised(path: Path, model: str | None) -> Opened:
 def observe(opened: Opened, table: Any, name: str) -> Float[Tensor, "B N"]:
     """The observations in `table`, a row each. Raises InputError for columns that are missing or hold no numbers."""
     if opened.make is not None:
-        return read_observations(opened.make, table, name)
+        # in the order that the model has seen before: numpy views of columns in another can have negative strides
+        known = [column for column in opened.order if column in table.columns]
+        others = [column for column in table.columns if column not in known]
+        return read_observations(opened.make, table[[*known, *others]].copy(), name)
     if opened.columns is None:
         raise InputError("the model computes its observations from the table: name its file with --model")
     missing = [column for column in opened.columns if column not in table.columns]
