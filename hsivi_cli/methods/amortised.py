@@ -25,13 +25,14 @@ from hsivi_cli.methods.meta_samplers import Estimator, MetaSamplers, StoreConfig
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.objectives.smc_wake import climbing_choice, defensive_wake_loss, sleep_loss, wake_loss
 from hsivi_cli.targets.amortised import AmortisedTarget, Simulations, simulate_pairs
-from hsivi_cli.transitions.likelihood_smc import SmcConfig
+from hsivi_cli.transitions.likelihood_smc import SmcConfig, run_smc
 from hsivi_cli.transitions.particle_moves import Kernel, PriorLikelihood, given_observations
 
 AMORTISED = ("smc-wake", "npe", "wake", "defensive-wake", "msc")
 POOL_STEPS = 50  # fresh simulations are made for so many steps at once
 HELD_OUT, VALIDATE_EVERY = 0.1, 50  # of a fixed budget of simulations; steps between looks at it
 SCALE_DRAWS = 5000  # prior draws that scales are found from
+MORE_RUNS = 10  # for an observation that no draw of the first runs explains
 CLIP = 10.0  # of the gradient's norm
 COUNTED = ("step", "best_loss", "held_out", "simulated", "lost", "pool_index")
 WORST = 1e9  # what is logged for a loss that is infinite
@@ -202,7 +203,7 @@ def _begin(state: State, generator: torch.Generator) -> None:
         z, x = pool.z, torch.cat([pool.x, x.to(pool.x.dtype)])
     if state.store is not None:
         meta_samplers.begin(state.store, samplers_of(target), _smc(config), generator, config.runs)
-        _require_mass(state.store, config, target)
+        _require_mass(state.store, config, target, generator)
         if not config.simulates:
             rows = torch.arange(len(target.observed))
             z = meta_samplers.minibatch(state.store, rows, generator, config.particles).z.flatten(0, 2)
@@ -311,15 +312,26 @@ def _smc(config: Config) -> SmcConfig:
     return SmcConfig(particles=config.particles, kernel=config.kernel, moves=config.moves)
 
 
-def _require_mass(store: MetaSamplers, config: Config, target: AmortisedTarget) -> None:
-    without = (store.log_z == -math.inf).all(1).nonzero()[:, 0] + 1
+def _require_mass(store: MetaSamplers, config: Config, target: AmortisedTarget, generator: torch.Generator) -> None:
+    """Give observations that no prior draw explains more runs, and raise InputError where these are in vain."""
+    without = _unexplained(store)
+    for _ in range(MORE_RUNS):
+        if not len(without):
+            return
+        run = run_smc(samplers_of(target, target.observed[without]), len(without), _smc(config), generator)
+        meta_samplers.append(store, without, run, 0, generator)
+        without = _unexplained(store)
     if len(without):
-        rows = ", ".join(str(int(row)) for row in without[:3]) + (" ..." if len(without) > 3 else "")
+        rows = ", ".join(str(int(row) + 1) for row in without[:3]) + (" ..." if len(without) > 3 else "")
         raise InputError(
             f"{target.name}: the prior has no mass where observation {rows} needs it: none of "
-            f"{config.runs * config.particles} draws from it has a positive likelihood (log Z is -inf): leave such "
-            f"rows out ({len(without)} of {len(target.observed)}), or widen the prior"
+            f"{(config.runs + MORE_RUNS) * config.particles} draws from it has a positive likelihood (log Z is -inf): "
+            f"leave such rows out ({len(without)} of {len(target.observed)}), or widen the prior"
         )
+
+
+def _unexplained(store: MetaSamplers) -> Int[Tensor, " r"]:
+    return (store.log_z == -math.inf).all(1).nonzero()[:, 0]
 
 
 def _named(config: Config) -> str:

@@ -26,7 +26,7 @@ from hsivi_cli.targets.density import Density, Parts, column_names, flatten_valu
 
 Route = Literal["encoder", "weights", "smc"]
 Constrain = Callable[[Float[Tensor, "n d"]], dict[str, Tensor]]
-RAW, LEAST_RAW = 4, 2000  # raw draws a draw that is kept, and at least
+RAW, LEAST_RAW = 2, 2000  # raw draws a draw that is kept, and at least
 BLOCK = 400_000  # raw draws made at once, of as many observations as that is
 MISSING = 0.05  # of log Z, that independent samplers must find more than the draws before these count as incomplete
 

@@ -1,6 +1,7 @@
 """`hsivi fit-posterior --amortize` and `hsivi sample --observe` from the command line, as a user runs them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ def model(data):
         observed=torch.tensor(data[["a", "b"]].iloc[0].to_numpy(), dtype=torch.float64),
     )
 """
+SHIPPED = Path(__file__).resolve().parents[2] / "assets" / "models"
 SMALL = ("--amortize", "--encoder", "gaussian", "--steps", "150", "--particles", "100", "--sbc", "100", "-n", "200")
 
 
@@ -176,3 +178,30 @@ def test_new_rows_must_fit(files, capsys):
     assert "differs from the file" in capsys.readouterr().err
     assert main(["sample", "shipped", "--observe", str(files / "rows.csv")]) == 2
     assert "--observe belongs to a posterior fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SHIPPED.glob("*.py") if "--amortize" in p.read_text()], ids=lambda p: p.stem
+)
+def test_every_shipped_simulator_is_amortised(path, capsys):
+    argv = [
+        "--amortize",
+        "--encoder",
+        "mixture",
+        "--steps",
+        "3",
+        "--particles",
+        "30",
+        "--sbc",
+        "20",
+        "-n",
+        "20",
+        "--refine",
+        "none",
+        "--json",
+    ]
+    code = main(["fit-posterior", str(path.with_suffix(".csv")), "--model", str(path), *argv])
+    assert code in (0, 3)  # three steps teach little, and it says so
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["observations"]) >= 20
+    assert found["sbc"]["replications"] == 20
