@@ -19,7 +19,7 @@ from hsivi_cli.engine.seeds import generator as named_generator
 from hsivi_cli.errors import RunError
 from hsivi_cli.evaluation.pareto import resample, smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, Moves, Verdict, Weights, judge
-from hsivi_cli.methods.smc_posterior import draw_smc
+from hsivi_cli.methods.smc_posterior import MOST, SAMPLERS, draw_smc, particles_for
 from hsivi_cli.networks.posterior_encoder import Encoder
 from hsivi_cli.targets.amortised import AmortisedTarget
 from hsivi_cli.targets.density import Density, Parts, column_names, flatten_values
@@ -157,7 +157,7 @@ def _tempered(
 
     parts = Parts(target.sample_prior, target.log_prior, log_likelihood)
     density = Density(target.name, target.dim, lambda z: target.log_prior(z) + log_likelihood(z), parts=parts)
-    found = draw_smc(density, n, seed)
+    found = draw_smc(density, n, seed, particles=particles_for(density, SAMPLERS * MOST))
     values = flatten_values(constrain(found.draws.z)).double()
     moves = Moves(found.ess, found.r_hat, found.acceptance, None, found.particles, found.r_hat_noise)
     verdict = judge(max(n, int(found.ess)), moves=moves)
