@@ -219,12 +219,14 @@ def _plot(path: Path, report: "AmortisedReport") -> None:
     import torch
 
     from hsivi_cli.evaluation.amortised_plot import plot_amortised, plot_encoder_check
+    from hsivi_cli.evaluation.verdict import WORDS
 
     draws = torch.stack([row.values for row in report.rows]).numpy()
-    plot_amortised(path, report.columns, draws, report.verdict.line)
+    plot_amortised(path, report.columns, draws, f"{report.method}: {WORDS[report.verdict.level]}")
     console.story(f"picture: {path}")
     if report.check is not None:
         beside = path.with_name(f"{path.stem}-check{path.suffix}")
         khats = np.array([row.khat for row in report.rows])
-        plot_encoder_check(beside, report.check.sbc, report.check.coverage, None if np.isnan(khats).all() else khats)
+        shown = None if np.isnan(khats).all() else khats
+        plot_encoder_check(beside, report.check.sbc, report.check.coverage, shown, report.encoder)
         console.story(f"diagnostics of the encoder: {beside}")
