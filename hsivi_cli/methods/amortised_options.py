@@ -14,6 +14,8 @@ ESTIMATORS = ("a", "b", "c", "naive", "pimh")
 EMBEDDINGS = ("auto", "identity", "mlp", "set", "image")
 # measured on two moons and ten Gaussians; a flow's step costs hardly more with more pairs, up to a thousand
 PAIRS = {"npe": 1024}
+# a fixed budget of simulations is gone through again and again, and stopped by those held out
+FEW_SIMULATIONS, FEW_PAIRS, BUDGET_LR, PASSES, LEAST_STEPS = 20_000, 128, 5e-3, 60, 600
 WAKE_DRAWS = {"wake": 64, "defensive-wake": 64}
 HIDDEN = (128, 128)
 FEW_DIMENSIONS = 3  # where a random walk moves particles as well as gradients do, at less cost
@@ -80,6 +82,10 @@ def configure(options: AmortisedOptions, target: AmortisedTarget) -> Config:
         chosen["kernel"] = "random-walk"
     if options.method in PAIRS:
         chosen["pairs"] = PAIRS[options.method]
+    if options.simulations:
+        chosen["pairs"] = FEW_PAIRS if options.simulations <= FEW_SIMULATIONS else chosen.get("pairs", Config.pairs)
+        passes = int(PASSES * options.simulations / chosen["pairs"])
+        chosen |= {"lr": BUDGET_LR, "steps": max(LEAST_STEPS, min(Config.steps, passes))}
     if options.method in WAKE_DRAWS:
         chosen["draws"] = WAKE_DRAWS[options.method]
     if options.particles is not None:

@@ -231,6 +231,13 @@ def test_observations_without_prior_mass_are_refused_by_their_row(fields):
     trained(replace(SMALL, **fields), 1, target=without_mass())
 
 
+@pytest.mark.parametrize("method", ["wake", "defensive-wake", "msc"])
+def test_they_are_refused_where_particles_come_from_the_encoder_too(method):
+    with pytest.raises(InputError, match=r"observation 2, 4 needs it: none of 5000 draws.*\(2 of 5\)"):
+        trained(replace(SMALL, method=method), 1, target=without_mass(1, 3))
+    trained(replace(SMALL, method=method), 1, target=without_mass())
+
+
 def test_what_the_model_or_the_observations_lack_is_said():
     target = conjugate_target(OBSERVED)
     for fields in METHODS.values():
@@ -307,6 +314,25 @@ def test_losses_that_are_not_finite_stop_no_training_and_are_logged_as_numbers(f
     assert all(math.isfinite(value) for record in records for value in record.values())
     assert bool(state.optimiser.vector.isfinite().all())
     assert state.optimiser.count == 4
+
+
+def test_training_that_learns_nothing_ends(monkeypatch):
+    monkeypatch.setattr(amortised, "sleep_loss", lambda log_q: log_q.mean() * math.nan)
+    with pytest.raises(RunError, match="no gradient was finite for 50 steps"):
+        trained(replace(SMALL, method="npe", steps=60))
+
+
+@pytest.mark.parametrize("fields", [{"method": "npe"}, {"method": "npe", "simulations": 200}])
+def test_simulations_beyond_the_networks_range_are_left_out_too(fields):
+    def overflowing(z, generator):
+        return torch.where(z[:, :1] > 1, 1e300, z)
+
+    state, metrics = trained(replace(SMALL, **fields), target=conjugate_target(OBSERVED, simulate=overflowing))
+    assert 0 < state.lost < 0.3 * state.simulated
+    assert len(state.pool.z) == state.simulated - state.lost
+    assert bool(state.pool.x.isfinite().all())
+    assert state.optimiser.count == 12
+    assert metrics["simulated_cross_entropy"] < 100
 
 
 def test_parameters_with_outliers_are_learned(tmp_path):
