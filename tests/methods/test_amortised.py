@@ -165,6 +165,7 @@ def test_few_simulations_end_with_the_encoder_that_does_best_on_those_held_out()
     state, _ = trained(config, config.steps - 1)
     before = replace(state, encoder=amortised.init(state.target, config).encoder)
     before.encoder.load_state_dict(state.encoder.state_dict())
+    torch.nn.utils.vector_to_parameters(state.average, before.encoder.parameters())
     state, metrics = trained(config, 1, state)
     held_out = replace(state.pool, z=state.pool.z[54:], x=state.pool.x[54:])
     assert len(held_out.z) == 6
