@@ -178,6 +178,7 @@ def fit_posterior(
     extra = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if amortize:
         unused = {"--bridges": bridges, "--layers": layers, "--layerwise": layerwise, "--paper": paper}
+        unused["--covariance"] = covariance != "full-rank"
         for flag, given in unused.items():
             if given:
                 raise InputError(f"{flag} does nothing with --amortize: leave it out")

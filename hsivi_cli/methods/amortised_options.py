@@ -18,6 +18,7 @@ PAIRS = {"npe": 1024}
 FEW_SIMULATIONS, FEW_PAIRS, BUDGET_LR, PASSES, LEAST_STEPS = 20_000, 128, 5e-3, 60, 600
 WAKE_DRAWS = {"wake": 64, "defensive-wake": 64}
 HIDDEN = (128, 128)
+REFRESHED = 10  # of as many observations one gets a new run each time: estimator (a) needs several
 FEW_DIMENSIONS = 3  # where a random walk moves particles as well as gradients do, at less cost
 SLEEP = 0.5  # of SMC-Wake's gradient from simulations, where the model has them
 
@@ -78,6 +79,7 @@ def configure(options: AmortisedOptions, target: AmortisedTarget) -> Config:
             f"{target.name}: one observation alone cannot be amortised over: give a table of many rows, give the model "
             "simulate=..., or leave --amortize out"
         )
+    chosen["refresh_count"] = max(Config.refresh_count, len(target.observed) // REFRESHED)
     if target.dim <= FEW_DIMENSIONS:
         chosen["kernel"] = "random-walk"
     if options.method in PAIRS:

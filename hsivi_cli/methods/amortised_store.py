@@ -13,11 +13,10 @@ from torch import Tensor
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.errors import InputError, InterruptError
-from hsivi_cli.io.files import read_json, write_json
+from hsivi_cli.io.files import read_json
 from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, REPORT
 from hsivi_cli.methods import amortised
 from hsivi_cli.methods.amortised_draws import Constrain
-from hsivi_cli.methods.amortised_report import AmortisedReport
 from hsivi_cli.methods.posterior_store import STATE
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.targets.amortised import AmortisedTarget, load_amortised, read_observations
@@ -80,15 +79,14 @@ def config_of(tree: dict[str, Any]) -> amortised.Config:
     return amortised.Config(**fields, encoder=encoder, shape=tuple(shape) if shape else None)
 
 
-def save_amortised(directory: Path, state: amortised.State, source: Source, data: Any, report: AmortisedReport) -> None:
-    """Write what `open_amortised` needs, the report beside it."""
+def save_amortised(directory: Path, state: amortised.State, source: Source, data: Any) -> None:
+    """Write what `open_amortised` needs, as soon as training has ended: what comes after may fail."""
     target = state.target
     supports = [
         {"name": p.name, "shape": list(p.shape), "support": p.support} if isinstance(p.support, str) else None
         for p in target.parameters
     ]
     save_source(directory, source, data)
-    write_json(directory / REPORT, report.to_json())
     tree = {
         "encoder": dict(state.encoder.state_dict()),
         "dim": target.dim,
@@ -109,7 +107,7 @@ def open_amortised(path: Path, model: str | None) -> Opened:
     encoder = build_encoder(config.encoder, tree["dim"], config.shape or (tree["width"],), seed=config.seed)
     encoder.load_state_dict(tree["encoder"])
     columns = None if tree["columns"] is None else tuple(tree["columns"])
-    report = read_json(path / REPORT)
+    report = read_json(path / REPORT) if (path / REPORT).is_file() else {}
     if model is not None:
         table = read_source(load_source(path, model))
         target, order = load_amortised(Path(model), table), tuple(table.columns)

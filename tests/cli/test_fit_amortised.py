@@ -58,9 +58,9 @@ def test_every_row_gets_its_posterior_and_new_rows_follow(files, capsys):
 
     pd.DataFrame({"b": [0.5, 30.0], "a": [1.0, 0.0]}).to_csv(files / "new.csv", index=False)
     new = ["sample", str(files / "FIT"), "--observe", str(files / "new.csv"), "-n", "300"]
-    assert main([*new, "--out", str(files / "new_draws.csv")]) == 0
+    assert main([*new, "--out", str(files / "new_draws.csv")]) == 3
     story = capsys.readouterr()
-    assert "1 of 2 observations lie outside" in story.err
+    assert "1 of 2 observations (2) outside of the range" in story.err
     assert "nothing has checked these draws" in story.out
     unchecked = pd.read_csv(files / "new_draws.csv")
     # columns are found by name, whatever their order
@@ -136,14 +136,16 @@ def test_more_refusals(files, capsys):
         assert main(list(map(str, argv))) == 2
         return capsys.readouterr().err
 
+    (files / "nosim.py").write_text((files / "model.py").read_text().replace("simulate=", "generated=None,  # "))
+    assert "--sbc needs a model that simulates" in refused(
+        "fit-posterior", rows, "--model", files / "nosim.py", "--amortize", "--sbc", "50"
+    )
     assert "--amortize needs --model" in refused("fit-posterior", rows, "--amortize", "-f", "b ~ a")
     assert "add --amortize" in refused("fit-posterior", rows, "--model", files / "model.py", "--method", "npe")
     assert "--sleep goes with --amortize" in refused("fit-posterior", rows, "-f", "b ~ a", "--sleep", "0.5")
     (files / "one.csv").write_text("a,b\n1,2\n")
-    lone = (files / "model.py").read_text().replace("simulate=", "generated=None,  # ")
-    (files / "lone.py").write_text(lone)
     assert "one observation alone" in refused(
-        "fit-posterior", files / "one.csv", "--model", files / "lone.py", "--amortize"
+        "fit-posterior", files / "one.csv", "--model", files / "nosim.py", "--amortize"
     )
     (files / "gap.csv").write_text("a,b\n1,2\n3,\n")
     assert "row 2" in refused("fit-posterior", files / "gap.csv", "--model", files / "model.py", "--amortize")
@@ -205,3 +207,36 @@ def test_every_shipped_simulator_is_amortised(path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert len(found["observations"]) >= 20
     assert found["sbc"]["replications"] == 20
+
+
+def test_a_posterior_that_wake_has_lost_a_mode_of_is_not_trusted(tmp_path, capsys):
+    model = MODEL.replace('Parameter("theta", (2,))', 'Parameter("theta")').replace('["a", "b"]', '["a"]')
+    model = model.replace("Normal(0.0, 1.0)", "Normal(0.0, 3.0)").replace(
+        "Normal(p.theta, 0.5)", "Normal(p.theta.abs(), 0.3)"
+    )
+    model = model.replace(".log_prob(p.theta).sum()", ".log_prob(p.theta)").replace(
+        '"theta": Normal(0.0, 3.0).sample((2,))', '"theta": Normal(0.0, 3.0).sample()'
+    )
+    model = model.replace("Normal(p.theta.abs(), 0.3).sample()", "Normal(p.theta.abs(), 0.3).sample((1,))")
+    (tmp_path / "model.py").write_text(model)
+    pd.DataFrame({"a": np.linspace(1.5, 5.0, 8)}).to_csv(tmp_path / "rows.csv", index=False)
+    argv = [
+        "fit-posterior",
+        str(tmp_path / "rows.csv"),
+        "--model",
+        str(tmp_path / "model.py"),
+        "--amortize",
+        "-n",
+        "400",
+    ]
+    argv += ["--method", "wake", "--encoder", "gaussian", "--particles", "4", "--steps", "300", "--sbc", "0"]
+    assert main([*argv, "--save", str(tmp_path / "FIT"), "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    new = ["sample", str(tmp_path / "FIT"), "--model", str(tmp_path / "model.py"), "-n", "400", "--json"]
+    assert main(new) == 0
+    for found in (fitted, json.loads(capsys.readouterr().out)):
+        for one in found["observations"]:
+            theta = one["parameters"]["theta"]
+            assert theta["q5"] < 0 < theta["q95"]  # both modes, by samplers
+            assert one["correction"] == "smc"
+    assert main([*new, "--refine", "none"]) == 3

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hsivi_cli.evaluation.amortised_calibration import calibrate_draws, coverage_curve, density_ranks
 from hsivi_cli.evaluation.verdict import Verdict, Weights, judge
 from hsivi_cli.methods.amortised_draws import RowDraws
-from hsivi_cli.methods.amortised_report import count_by_khat, report_on_rows
+from hsivi_cli.methods.amortised_report import count_by_khat, outside, report_on_rows
 from hsivi_cli.targets.encoder_check import EncoderCheck
 
 N = 40
@@ -71,14 +72,17 @@ def test_the_encoder_alone_is_judged_apart_where_its_draws_are_corrected():
     alone = report([row(0.2, "encoder")] * 3, narrow)
     assert alone.verdict.level == "care"
     assert report([row(0.2, "encoder")] * 3, right).verdict.level == "trust"
+    assert report([row(0.2, "encoder")] * 3, inherited=("of the fit", False)).verdict.level == "care"
+    assert report([row(0.2, "encoder")] * 3, inherited=("of the fit", True)).verdict.level == "trust"
+    assert (report([row(0.2)], narrow).to_json()["calibrated"], report([row(0.2)]).calibrated) == (False, None)
     assert "calibrated in 300" in report([row(0.2)], right).encoder
 
 
 def test_unchecked_draws_are_never_trusted():
     values = torch.zeros(N, 1, dtype=torch.float64)
     unchecked = RowDraws("encoder", values, values[:, 0], values[:, 0], values[0], values[0])
-    assert report([unchecked] * 2, inherited="as the fit said").verdict.level == "care"
-    assert report([unchecked], inherited="as the fit said").encoder == "as the fit said"
+    assert report([unchecked] * 2, inherited=("as the fit said", None)).verdict.level == "care"
+    assert report([unchecked], inherited=("as the fit said", None)).encoder == "as the fit said"
 
 
 def test_json_is_plain_and_numbers_observations_from_one():
@@ -89,6 +93,21 @@ def test_json_is_plain_and_numbers_observations_from_one():
     assert fields["observations"][0]["parameters"]["z"]["q5"] == pytest.approx(0.05)
     assert set(fields["sbc"]["coverage"]) == {"0.5", "0.8", "0.9", "0.95"}
     assert np.isfinite(list(fields["sbc"]["p_values"].values())).all()
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    fields = report([row(math.inf), row(math.nan)]).to_json()
+    assert [one["khat"] for one in fields["observations"]] == [None, None]
+    json.dumps(fields, allow_nan=False)
+
+
+def test_observations_outside_of_the_range_are_named_and_unchecked_ones_far_out_are_not_to_be_used():
+    beyond = torch.tensor([0.0, 0.4, 7.0])
+    assert "2 of 3 observations (3, 2)" in outside(beyond)
+    assert "7 standard deviations" in outside(beyond)
+    unchecked = replace(row(0.2, "encoder"), verdict=None)
+    assert report([unchecked] * 3, beyond=beyond, inherited=("", None)).verdict.level == "no"
+    assert report([unchecked] * 3, beyond=beyond.clamp_max(0.5), inherited=("", None)).verdict.level == "care"
 
 
 def test_counts_by_khat():
