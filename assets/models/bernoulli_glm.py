@@ -3,8 +3,8 @@
     hsivi fit-posterior bernoulli_glm.csv --model bernoulli_glm.py --method smc-wake --amortize
 
 Each row of the data is one recording, `bin1` to `bin100` with 1 for a spike; each gets
-its posterior. All recordings have the same stimulus, drawn once from a seed. The prior wants a smooth filter: its second
-differences are standard normal (Lueckmann et al. 2021, who give the sums of stimulus times spikes instead of spikes).
+its posterior. All recordings have the same stimulus, drawn once from a seed. The prior wants a smooth filter: its
+second differences are standard normal (Lueckmann et al. 2021, who give sums of stimulus times spikes instead).
 """
 
 import math

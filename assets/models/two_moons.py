@@ -4,8 +4,8 @@
 
 Each row of the data is one observation (`x1`, `x2`): a point on a half circle of radius about 0.1, shifted by
 -|theta1 + theta2| / sqrt 2 and (theta2 - theta1) / sqrt 2, so that its sign is lost. Each row
-gets its posterior. The likelihood is exact: a point at distance rho from the centre of the half circle has the density of rho
-spread over half of a circumference, pi rho.
+gets its posterior. The likelihood is exact: a point at distance rho from the centre of the half circle has the density
+of rho spread over half of a circumference, pi rho.
 """
 
 import math
