@@ -1,10 +1,10 @@
 """A neuron's filter: spikes in 100 time bins, driven by the last nine values of white noise, through a sigmoid.
 
-    hsivi fit-posterior bernoulli_glm.csv --model bernoulli_glm.py --method smc-wake
+    hsivi fit-posterior bernoulli_glm.csv --model bernoulli_glm.py --method smc-wake --amortize
 
-Each row of the data is one recording, `bin1` to `bin100` with 1 for a spike; the first one is
-fitted. All recordings have the same stimulus, drawn once from a seed. The prior wants a smooth filter: its second
-differences are standard normal (Lueckmann et al. 2021, who give the sums of stimulus times spikes instead of spikes).
+Each row of the data is one recording, `bin1` to `bin100` with 1 for a spike; each gets
+its posterior. All recordings have the same stimulus, drawn once from a seed. The prior wants a smooth filter: its
+second differences are standard normal (Lueckmann et al. 2021, who give sums of stimulus times spikes instead).
 """
 
 import math

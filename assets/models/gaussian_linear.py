@@ -1,8 +1,8 @@
 """A Gaussian mean with a Gaussian prior, in ten dimensions: the posterior is known, N(x / 2, 0.05 I).
 
-    hsivi fit-posterior gaussian_linear.csv --model gaussian_linear.py --method smc-wake
+    hsivi fit-posterior gaussian_linear.csv --model gaussian_linear.py --method smc-wake --amortize
 
-Each row of the data is one observation, `x1` to `x10`; the first one is fitted. Prior and noise both
+Each row of the data is one observation, `x1` to `x10`; each gets its posterior. Prior and noise both
 have variance 0.1, as in the benchmark of Lueckmann et al. (2021).
 """
 

@@ -1,9 +1,9 @@
 """Groups that share a mean: eight of them with five measurements each, all scales unknown.
 
-    hsivi fit-posterior hierarchical_gaussian.csv --model hierarchical_gaussian.py --method smc-wake
+    hsivi fit-posterior hierarchical_gaussian.csv --model hierarchical_gaussian.py --method smc-wake --amortize
 
-Each row of the data is one data set, `g1_1` (first measurement of the first group) to `g8_5`; the
-first one is fitted. The groups' means are theta = mu + tau t, with t standard normal (non-centred).
+Each row of the data is one data set, `g1_1` (first measurement of the first group) to `g8_5`; each
+gets its posterior. The groups' means are theta = mu + tau t, with t standard normal (non-centred).
 """
 
 import torch

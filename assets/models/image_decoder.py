@@ -1,8 +1,8 @@
 """The code behind a small picture: six numbers, decoded into 8x8 pixels by a linear map and a sigmoid.
 
-    hsivi fit-posterior image_decoder.csv --model image_decoder.py --method smc-wake
+    hsivi fit-posterior image_decoder.csv --model image_decoder.py --method smc-wake --amortize
 
-Each row of the data is one picture, `pixel1` to `pixel64` row by row; the first one is fitted. The
+Each row of the data is one picture, `pixel1` to `pixel64` row by row; each gets its posterior. The
 decoder's weights are fixed: smooth random fields drawn once from a seed. Put a trained decoder in their place.
 """
 

@@ -1,10 +1,10 @@
 """Simple likelihood, complex posterior (Papamakarios et al. 2019): four points of a Gaussian, its scales squared.
 
-    hsivi fit-posterior slcp.csv --model slcp.py --method smc-wake
+    hsivi fit-posterior slcp.csv --model slcp.py --method smc-wake --amortize
 
-Each row of the data is one observation, four points of the plane (`x1`, `y1`, ..., `y4`); the first
-row is fitted. theta1 and theta2 are their mean, theta3^2 and theta4^2 their standard deviations, tanh(theta5) their
-correlation: two signs are lost, so there are four modes, and the box cuts them off.
+Each row of the data is one observation, four points of the plane (`x1`, `y1`, ..., `y4`); each
+gets its posterior. theta1 and theta2 are their mean, theta3^2 and theta4^2 their standard deviations, tanh(theta5)
+their correlation: two signs are lost, so there are four modes, and the box cuts them off.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """Two moons: a posterior of two crescents, the first test of simulation-based inference (Greenberg et al. 2019).
 
-    hsivi fit-posterior two_moons.csv --model two_moons.py --method smc-wake
+    hsivi fit-posterior two_moons.csv --model two_moons.py --method smc-wake --amortize
 
 Each row of the data is one observation (`x1`, `x2`): a point on a half circle of radius about 0.1, shifted by
--|theta1 + theta2| / sqrt 2 and (theta2 - theta1) / sqrt 2, so that its sign is lost. The first row
-is fitted. The likelihood is exact: a point at distance rho from the centre of the half circle has the density of rho
-spread over half of a circumference, pi rho.
+-|theta1 + theta2| / sqrt 2 and (theta2 - theta1) / sqrt 2, so that its sign is lost. Each row
+gets its posterior. The likelihood is exact: a point at distance rho from the centre of the half circle has the density
+of rho spread over half of a circumference, pi rho.
 """
 
 import math

@@ -43,6 +43,8 @@ def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted
     """Train, draw for every row, check and show. Raises what these raise."""
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.io.draw_files import open_draws
+    from hsivi_cli.io.files import write_json
+    from hsivi_cli.io.run_directory import REPORT
     from hsivi_cli.methods.amortised_draws import draw_rows, names_of
     from hsivi_cli.methods.amortised_options import check_amortised, configure
     from hsivi_cli.methods.amortised_report import report_on_rows
@@ -67,12 +69,20 @@ def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted
         for fact in target.facts:
             console.story(fact)
         config = configure(settings, target)
+        if wanted.sbc and (target.simulate is None or target.sample_prior is None):
+            raise InputError(
+                f"--sbc needs a model that simulates: give {target.name} simulate=... and sample_prior=..."
+            )
         _announce(target, config)
-        with fit_directory(wanted.save, source, table, settings_of(config) | {"draws_of_a_row": n}, n, wanted.resume) as directory:
+        with fit_directory(
+            wanted.save, source, table, settings_of(config) | {"draws_of_a_row": n}, n, wanted.resume
+        ) as directory:
             state = train(target, config, directory, _training_lines(config.method), wanted.resume)
             if state.lost:
                 console.warn(f"{state.lost} of {state.simulated} simulations were not finite and are left out")
-            least = None if state.store is None else _evidence(state.store)
+            if wanted.save is not None:
+                save_amortised(directory, state, source, table)
+            console.story(f"drawing and checking {n} draws of each observation")
             with console.progress("observations", len(target.observed)) as bar:
                 rows = draw_rows(
                     state.encoder,
@@ -82,7 +92,6 @@ def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted
                     target.constrain,
                     target,
                     wanted.refine,
-                    least,
                     bar.to,
                 )
             check = _check(target, state.encoder, wanted.sbc, config.seed)
@@ -90,7 +99,7 @@ def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted
             simulated = (state.simulated, state.lost)
             report = report_on_rows(config.method, columns, rows, check, simulated=simulated)
             if wanted.save is not None:
-                save_amortised(directory, state, source, table, report)
+                write_json(directory / REPORT, report.to_json())
     if plot is not None:
         _plot(plot, report)
     also = {"out": wanted.out, "save": str(wanted.save) if wanted.save else None}
@@ -101,6 +110,10 @@ def show_rows(
     report: "AmortisedReport", n: int, destination: "DrawDestination | None", as_json: bool, also: dict[str, Any]
 ) -> None:
     """Write the draws, an observation after the other, and print what they are worth; exit code 3 if nothing."""
+    from hsivi_cli.methods.amortised_report import outside
+
+    if report.beyond is not None and bool((report.beyond > 0).any()):
+        console.warn(outside(report.beyond))
     stream = None
     if destination is not None:
         stream = _write(report, destination)
@@ -144,12 +157,6 @@ def _training_lines(method: str) -> Any:
     return on_log
 
 
-def _evidence(store: Any) -> Any:
-    """What each observation's samplers have found of its log evidence, on average."""
-    count = (store.born >= 0).sum(1)
-    return store.log_z.logsumexp(1) - count.double().log()
-
-
 def _check(target: "AmortisedTarget", encoder: Any, asked: int | None, seed: int) -> "EncoderCheck | None":
     import torch
 
@@ -157,6 +164,7 @@ def _check(target: "AmortisedTarget", encoder: Any, asked: int | None, seed: int
 
     if asked == 0 or (asked is None and target.simulate is None):
         return None
+    console.story(f"checking the encoder on {asked or REPLICATIONS} simulated observations")
     generator = torch.Generator().manual_seed(seed + 1)
     return check_encoder(target, encoder.draw, encoder.log_prob, asked or REPLICATIONS, CHECK_DRAWS, generator)
 
@@ -190,12 +198,6 @@ def _print(report: "AmortisedReport") -> None:
     )
     console.result_table(f"{report.method}: {len(report.rows[0].values)} draws of each of {whose}", rows, header)
     console.result_line("")
-    if report.beyond is not None and bool((report.beyond > 0).any()):
-        far = int((report.beyond > 0).sum())
-        console.warn(
-            f"{far} of {len(report.rows)} observations lie outside of the range that training has seen, by up to "
-            f"{float(report.beyond.max()):.2f} standard deviations: the encoder extrapolates there"
-        )
     console.result_line(report.encoder)
     console.result_line(report.verdict.line)
 
@@ -217,12 +219,14 @@ def _plot(path: Path, report: "AmortisedReport") -> None:
     import torch
 
     from hsivi_cli.evaluation.amortised_plot import plot_amortised, plot_encoder_check
+    from hsivi_cli.evaluation.verdict import WORDS
 
     draws = torch.stack([row.values for row in report.rows]).numpy()
-    plot_amortised(path, report.columns, draws, report.verdict.line)
+    plot_amortised(path, report.columns, draws, f"{report.method}: {WORDS[report.verdict.level]}")
     console.story(f"picture: {path}")
     if report.check is not None:
         beside = path.with_name(f"{path.stem}-check{path.suffix}")
         khats = np.array([row.khat for row in report.rows])
-        plot_encoder_check(beside, report.check.sbc, report.check.coverage, None if np.isnan(khats).all() else khats)
+        shown = None if np.isnan(khats).all() else khats
+        plot_encoder_check(beside, report.check.sbc, report.check.coverage, shown, report.encoder)
         console.story(f"diagnostics of the encoder: {beside}")

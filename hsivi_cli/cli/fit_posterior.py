@@ -268,6 +268,7 @@ def fit_posterior(
     check_source(source)
     if amortize:
         unused = {"--bridges": bridges, "--layers": layers, "--layerwise": layerwise, "--paper": paper}
+        unused["--covariance"] = covariance != "full-rank"
         for flag, given in unused.items():
             if given:
                 raise InputError(f"{flag} does nothing with --amortize: leave it out")

@@ -46,6 +46,7 @@ def observe_rows(
             rows = draw_rows(opened.encoder, x, count, seed, opened.constrain, opened.target, refine, on_row=bar.to)
         columns = tuple(names_of(opened.constrain, opened.encoder.dim))
         beyond = opened.encoder.beyond(x)
-        inherited = str(opened.report["encoder"])
+        told = "encoder alone: not checked, its fit ended before"
+        inherited = (str(opened.report.get("encoder", told)), opened.report.get("calibrated"))
         report = report_on_rows(opened.config.method, columns, rows, None, beyond, inherited=inherited)
     show_rows(report, count, destination, as_json, {"out": out, "fit": str(path), "observe": observe})

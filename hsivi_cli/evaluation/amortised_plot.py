@@ -144,7 +144,7 @@ def _p_value(sbc: SbcResult, column: str) -> float | None:
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def _draw_curve(

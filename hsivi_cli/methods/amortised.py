@@ -16,24 +16,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hsivi_cli.engine.flat_adam import FlatAdam, flatten
-from hsivi_cli.engine.optimisation import LearningRate
+from hsivi_cli.engine.optimisation import LearningRate, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams, Stream
 from hsivi_cli.engine.seeds import generator as named_generator
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.methods import meta_samplers
 from hsivi_cli.methods.meta_samplers import Estimator, MetaSamplers, StoreConfig
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.objectives.smc_wake import climbing_choice, defensive_wake_loss, sleep_loss, wake_loss
 from hsivi_cli.targets.amortised import AmortisedTarget, Simulations, simulate_pairs
-from hsivi_cli.transitions.likelihood_smc import SmcConfig
+from hsivi_cli.transitions.likelihood_smc import SmcConfig, run_smc
 from hsivi_cli.transitions.particle_moves import Kernel, PriorLikelihood, given_observations
 
 AMORTISED = ("smc-wake", "npe", "wake", "defensive-wake", "msc")
 POOL_STEPS = 50  # fresh simulations are made for so many steps at once
-HELD_OUT, VALIDATE_EVERY = 0.1, 50  # of a fixed budget of simulations; steps between looks at it
+HELD_OUT, VALIDATE_EVERY = 0.1, 20  # of a fixed budget of simulations; steps between looks at it
+AVERAGING = 0.99  # of the weights, where simulations are few enough to be learned by heart
 SCALE_DRAWS = 5000  # prior draws that scales are found from
+MORE_RUNS = 10  # for an observation that no draw of the first runs explains
 CLIP = 10.0  # of the gradient's norm
-COUNTED = ("step", "best_loss", "held_out", "simulated", "lost", "pool_index")
+SKIPPED_MOST = 50  # steps in a row whose gradient is not finite
+COUNTED = ("step", "best_loss", "held_out", "simulated", "lost", "pool_index", "skipped")
 WORST = 1e9  # what is logged for a loss that is infinite
 
 
@@ -49,12 +52,12 @@ class Config:
 
     method: Literal["smc-wake", "npe", "wake", "defensive-wake", "msc"] = "smc-wake"
     estimator: Estimator = "a"
-    steps: int = 5000
+    steps: int = 3000
     seed: int = 0
-    lr: float = 1e-3
+    lr: float = 1e-2
     batch: int = 32
-    draws: int = 64
-    pairs: int = 256
+    draws: int = 16
+    pairs: int = 512
     sleep: float = 0.0
     simulations: int = 0
     runs: int = 1
@@ -65,7 +68,7 @@ class Config:
     refresh_count: int = 10
     memory: int = 2**29
     shape: tuple[int, ...] | None = None
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(hidden=(128, 128)))
 
     @property
     def simulates(self) -> bool:
@@ -77,8 +80,9 @@ class Config:
 class State:
     """A run. `store` holds the SMC runs, `retained` (B, d) the particles of MSC's chains, None where not used.
 
-    `best` is the encoder (one vector) with the lowest `best_loss` on held-out simulations, `held_out` the loss seen
-    last. `simulated` and `lost` count simulations and those that were not finite.
+    With a fixed budget of simulations, `average` is the moving average of the encoder (one vector), `best` the one with
+    the lowest `best_loss` on held-out simulations, `held_out` the loss seen last. `simulated` and `lost` count
+    simulations and those that were not finite, `skipped` the last steps without a finite gradient.
     """
 
     step: int
@@ -88,6 +92,7 @@ class State:
     optimiser: FlatAdam
     store: MetaSamplers | None
     retained: Float[Tensor, "B d"] | None
+    average: Float[Tensor, " p"] | None = None
     best: Float[Tensor, " p"] | None = None
     best_loss: float = math.inf
     held_out: float = 0.0
@@ -95,6 +100,7 @@ class State:
     lost: int = 0
     pool: Simulations | None = None
     pool_index: int = -1
+    skipped: int = 0
 
 
 def init(target: AmortisedTarget, config: Config) -> State:
@@ -129,7 +135,11 @@ def init(target: AmortisedTarget, config: Config) -> State:
 
 
 def step(state: State, batch: Tensor | None, generator: torch.Generator) -> dict[str, float]:
-    """One Adam step, in place. Raises InputError in the first for an observation that no prior draw can explain."""
+    """One Adam step, in place; none where the gradient is not finite.
+
+    Raises InputError in the first for an observation that no prior draw can explain, RunError after 50 steps in a row
+    without a finite gradient.
+    """
     config = state.config
     state.step += 1
     if state.step == 1:
@@ -147,8 +157,16 @@ def step(state: State, batch: Tensor | None, generator: torch.Generator) -> dict
     if bool(gradient.isfinite().all()):
         rate = LearningRate(config.lr, 1, "cosine").at(min(state.step, config.steps), config.steps)
         state.optimiser.ascend(gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-300)), rate)
+        state.skipped = 0
+    else:
+        state.skipped += 1
+        if state.skipped >= SKIPPED_MOST:
+            raise RunError(f"diverged: no gradient was finite for {state.skipped} steps: use a lower --lr")
     metrics = {name: _shown(float(value.detach())) for name, value in losses.items()}
     if config.simulates and config.simulations:
+        if state.average is None:
+            state.average = state.optimiser.vector.clone()
+        update_ema([state.average], [state.optimiser.vector], state.step, AVERAGING)
         _validate(state)
         metrics["held_out"] = state.held_out
     return metrics
@@ -175,7 +193,8 @@ def state_dict(state: State) -> dict[str, Any]:
     tree |= {"encoder": dict(state.encoder.state_dict()), "optimiser": state.optimiser.state_dict()}
     tree |= {} if state.store is None else {"store": meta_samplers.state_dict(state.store)}
     tree |= {} if state.retained is None else {"retained": state.retained}
-    return tree | ({} if state.best is None else {"best": state.best})
+    vectors = {"average": state.average, "best": state.best}
+    return tree | {name: vector for name, vector in vectors.items() if vector is not None}
 
 
 def load_state_dict(state: State, tree: dict[str, Any]) -> None:
@@ -183,7 +202,7 @@ def load_state_dict(state: State, tree: dict[str, Any]) -> None:
     for name in COUNTED:
         setattr(state, name, tree[name])
     state.best_loss = math.inf if tree["best_loss"] is None else tree["best_loss"]
-    state.best = tree.get("best")
+    state.average, state.best = (None if tree.get(name) is None else tree[name].clone() for name in ("average", "best"))
     state.encoder.load_state_dict(tree["encoder"])
     state.optimiser.load_state_dict(tree["optimiser"])
     if state.store is not None:
@@ -202,10 +221,16 @@ def _begin(state: State, generator: torch.Generator) -> None:
         z, x = pool.z, torch.cat([pool.x, x.to(pool.x.dtype)])
     if state.store is not None:
         meta_samplers.begin(state.store, samplers_of(target), _smc(config), generator, config.runs)
-        _require_mass(state.store, config, target)
+        _require_mass(state.store, config, target, generator)
         if not config.simulates:
             rows = torch.arange(len(target.observed))
             z = meta_samplers.minibatch(state.store, rows, generator, config.particles).z.flatten(0, 2)
+    elif config.method != "npe":
+        without = torch.arange(len(target.observed))
+        for part in z.split(500):
+            found = _likelihood_of_all(target, part, without)
+            without = without[(found == -math.inf).all(1)]
+        _refuse(without, len(z), target)
     if state.retained is not None:
         state.retained = target.sample_prior(len(target.observed), generator)
     state.encoder.fit_scales(z, x if len(x) > 1 else x.expand(2, -1))
@@ -274,13 +299,18 @@ def _pool(state: State) -> Simulations:
         count = config.simulations or POOL_STEPS * config.pairs
         size = count * (state.target.dim + state.target.observed.shape[1]) * 4
         if size > config.memory:
-            raise InputError(f"{count} simulations take {size / 2**20:.0f} MiB: take fewer --simulations")
+            more = f"more than the {config.memory / 2**20:.3g} MiB allowed"
+            less = "--simulations" if config.simulations else "pairs a step"
+            raise InputError(f"{count} simulations take {size / 2**20:.3g} MiB, {more}: take fewer {less}")
         found = simulate_pairs(state.target, count, named_generator(config.seed, Stream.SIMULATE, index))
-        if len(found.z) < 20:
-            raise InputError(f"{len(found.z)} simulations that are finite: 20 at least are needed")
+        z, x = found.z.float(), found.x.float()
+        kept = torch.isfinite(z).all(1) & torch.isfinite(x).all(1)  # the network's float32 ends at 3e38
+        lost = count - int(kept.sum())
+        if count - lost < 20:
+            raise InputError(f"{count - lost} simulations that are finite: 20 at least are needed")
         if index > state.pool_index:  # else they are made again, after an interruption
-            state.simulated, state.lost = state.simulated + count, state.lost + found.lost
-        state.pool, state.pool_index = Simulations(found.z.float(), found.x.float(), found.lost), index
+            state.simulated, state.lost = state.simulated + count, state.lost + lost
+        state.pool, state.pool_index = Simulations(z[kept], x[kept], lost), index
     return state.pool
 
 
@@ -293,17 +323,19 @@ def _validate(state: State) -> None:
     """Keep the encoder that does best on held-out simulations, and end with it."""
     if state.step % VALIDATE_EVERY and state.step not in (1, state.config.steps):
         return
-    pool = _pool(state)
-    first = _training_rows(pool)
+    pool, vector = _pool(state), state.optimiser.vector
+    first, now = _training_rows(pool), vector.clone()
+    assert state.average is not None
+    vector.copy_(state.average)
     losses = [
         -state.encoder.log_prob(z[:, None], x)[:, 0]
         for z, x in zip(pool.z[first:].split(2000), pool.x[first:].split(2000), strict=True)
     ]
     loss = float(torch.cat(losses).mean())
     if loss < state.best_loss:
-        state.best_loss, state.best = loss, state.optimiser.vector.clone()
-    if state.step == state.config.steps and state.best is not None:
-        state.optimiser.vector.copy_(state.best)
+        state.best_loss, state.best = loss, state.average.clone()
+    ended = state.step == state.config.steps and state.best is not None
+    vector.copy_(state.best if ended else now)  # type: ignore[arg-type]
     state.held_out = _shown(loss)
 
 
@@ -311,15 +343,37 @@ def _smc(config: Config) -> SmcConfig:
     return SmcConfig(particles=config.particles, kernel=config.kernel, moves=config.moves)
 
 
-def _require_mass(store: MetaSamplers, config: Config, target: AmortisedTarget) -> None:
-    without = (store.log_z == -math.inf).all(1).nonzero()[:, 0] + 1
+def _require_mass(store: MetaSamplers, config: Config, target: AmortisedTarget, generator: torch.Generator) -> None:
+    """Give observations that no prior draw explains more runs, and raise InputError where these are in vain."""
+    without = _unexplained(store)
+    for _ in range(MORE_RUNS):
+        if not len(without):
+            return
+        run = run_smc(samplers_of(target, target.observed[without]), len(without), _smc(config), generator)
+        meta_samplers.append(store, without, run, 0, generator)
+        without = _unexplained(store)
+    _refuse(without, (config.runs + MORE_RUNS) * config.particles, target)
+
+
+def _refuse(without: Int[Tensor, " r"], draws: int, target: AmortisedTarget) -> None:
     if len(without):
-        rows = ", ".join(str(int(row)) for row in without[:3]) + (" ..." if len(without) > 3 else "")
+        rows = ", ".join(str(int(row) + 1) for row in without[:3]) + (" ..." if len(without) > 3 else "")
         raise InputError(
-            f"{target.name}: the prior has no mass where observation {rows} needs it: none of "
-            f"{config.runs * config.particles} draws from it has a positive likelihood (log Z is -inf): leave such "
-            f"rows out ({len(without)} of {len(target.observed)}), or widen the prior"
+            f"{target.name}: the prior has no mass where observation {rows} needs it: none of {draws} draws from it "
+            f"has a positive likelihood (log Z is -inf): leave such rows out ({len(without)} of "
+            f"{len(target.observed)}), or widen the prior"
         )
+
+
+@torch.no_grad()
+def _likelihood_of_all(
+    target: AmortisedTarget, z: Float[Tensor, "k d"], rows: Int[Tensor, " r"]
+) -> Float[Tensor, "r k"]:
+    return target.log_likelihood(z.expand(len(rows), -1, -1), target.observed[rows])
+
+
+def _unexplained(store: MetaSamplers) -> Int[Tensor, " r"]:
+    return (store.log_z == -math.inf).all(1).nonzero()[:, 0]
 
 
 def _named(config: Config) -> str:

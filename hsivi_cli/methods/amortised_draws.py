@@ -2,12 +2,14 @@
 
 One pass of the encoder gives the draws. Where the model is at hand, each observation's draws carry exact importance
 weights, whose tail (k-hat) says how far they can be trusted; they are resampled by the smoothed weights, and where the
-weights are too uneven the observation gets tempered SMC from the prior instead.
+weights are too uneven the observation gets tempered SMC from the prior instead. Weights cannot see a part of the
+posterior that the encoder never visits: a few short samplers from the prior, which owe the encoder nothing, can, by the
+evidence that they find and the draws lack.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,28 +18,41 @@ from torch import Tensor
 
 from hsivi_cli.engine.seeds import Stream
 from hsivi_cli.engine.seeds import generator as named_generator
-from hsivi_cli.errors import RunError
-from hsivi_cli.evaluation.pareto import resample, smooth_weights
-from hsivi_cli.evaluation.verdict import KHAT_BAD, Moves, Verdict, Weights, judge
-from hsivi_cli.methods.smc_posterior import draw_smc
+from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
+from hsivi_cli.evaluation.verdict import KHAT_BAD, KHAT_GOOD, WORDS, Level, Moves, Verdict, Weights, judge
+from hsivi_cli.methods.smc_posterior import MOST, SAMPLERS, draw_smc, particles_for
 from hsivi_cli.networks.posterior_encoder import Encoder
 from hsivi_cli.targets.amortised import AmortisedTarget
 from hsivi_cli.targets.density import Density, Parts, column_names, flatten_values
+from hsivi_cli.transitions.likelihood_smc import SmcConfig, run_smc
+from hsivi_cli.transitions.particle_moves import given_observations
 
 Route = Literal["encoder", "weights", "smc"]
 Constrain = Callable[[Float[Tensor, "n d"]], dict[str, Tensor]]
-RAW, LEAST_RAW = 4, 2000  # raw draws a draw that is kept, and at least
-BLOCK = 400_000  # raw draws made at once, of as many observations as that is
+RAW, LEAST_RAW = 2, 2000  # raw draws a draw that is kept, and at least
+BLOCK, POINTS = 200_000, 50_000  # raw draws made at once, of as many observations as that is; densities at once
+RUNS, PARTICLES, MOVES = 4, 500, 3  # of the samplers that an observation's evidence is checked by
+NUMBERS = 20_000_000  # that these hold at once
+CLOSE, NEAR = 0.8, 0.2  # effective share of draws that are left uncorrected, to be trusted, and to be of any use
 MISSING = 0.05  # of log Z, that independent samplers must find more than the draws before these count as incomplete
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Log evidences (B,) that samplers have found, and the standard errors of these logarithms."""
+
+    log_z: Float64[Tensor, " B"]
+    se: Float64[Tensor, " B"]
 
 
 @dataclass(frozen=True)
 class RowDraws:
     """The posterior of one observation: n equally weighted draws of p named scalars.
 
-    `values` (n, p); `log_approx` and `log_prob` (n,) in the unconstrained coordinates, NaN where unknown. `khat` and
-    `ess` are those of the encoder's weighted draws (`ess` of the draws that were kept, where tempered), NaN without the
-    model; `log_z` the log evidence with its error. `mean` and `sd` (p,) are of all weighted draws.
+    `values` (n, p); `log_approx` and `log_prob` (n,) in the unconstrained coordinates, NaN where unknown. `khat` is of
+    the encoder's weighted draws, `ess` of all draws that were made, of which `values` are n; both NaN without the
+    model. `log_z` is the log evidence with its error. `mean` and `sd` (p,) are of all draws that were made.
     """
 
     route: Route
@@ -61,14 +76,12 @@ def draw_rows(
     constrain: Constrain,
     target: AmortisedTarget | None = None,
     refine: str = "auto",
-    least_log_z: Float[Tensor, " B"] | None = None,
     on_row: Callable[[int], object] = lambda done: None,
 ) -> list[RowDraws]:
     """`n` draws for every observation; those of row i depend on the seed, i and the observation alone.
 
     Without `target` they are the encoder's own, unchecked. `refine` "none" checks and leaves them as they are, "auto"
-    corrects them. `least_log_z` is what independent samplers found of each log evidence: draws that account for less
-    have missed a part of the posterior.
+    corrects them.
     """
     raw = n if target is None else max(RAW * n if refine == "auto" else n, LEAST_RAW)
     rows: list[RowDraws] = []
@@ -77,21 +90,20 @@ def draw_rows(
         part = x[first : first + size]
         generators = [named_generator(seed, Stream.DRAW, first + i) for i in range(len(part))]
         noise = [torch.randn(raw, encoder.noise_dim, generator=g, dtype=torch.float64) for g in generators]
-        with torch.no_grad():
-            z = encoder.sample(torch.stack(noise), part)
-            log_approx = encoder.log_prob(z, part, precise=True)
-            log_prob = None if target is None else target.log_prior(z) + target.log_likelihood(z, part)
+        z, log_approx, log_prob = _weigh(encoder, torch.stack(noise), part, target)
+        least = None if target is None else sampled_evidence(target, part, _seed(seed, first, 2))
         for i, generator in enumerate(generators):
             values = flatten_values(constrain(z[i])).double()
             if target is None or log_prob is None:
                 unknown = torch.full((n,), math.nan, dtype=torch.float64)
                 rows.append(RowDraws("encoder", values, log_approx[i], unknown, values.mean(0), values.std(0)))
             else:
-                least = None if least_log_z is None else float(least_log_z[first + i])
                 found = _weighted(values, log_approx[i], log_prob[i], n, refine, generator)
-                if refine == "auto" and _incomplete(found, least):
-                    found = _tempered(target, part[i], n, _seed_from(generator), found.khat, constrain)
-                rows.append(found)
+                lacking = _lacking(found, least, i)
+                if refine == "auto" and (lacking or found.verdict.level == "no"):  # type: ignore[union-attr]
+                    before, found = found, _tempered(target, part[i], n, _seed(seed, first + i, 1), found, constrain)
+                    lacking = _lacking(found, least, i) or _less(found, before)
+                rows.append(_lowered(found, lacking))
             on_row(len(rows))
     return rows
 
@@ -119,8 +131,8 @@ def _weighted(
     share = weights.log_weight.exp()[:, None] if corrected else torch.full((len(values), 1), 1 / len(values))
     mean = (share * values).sum(0)
     sd = (share * (values - mean).square()).sum(0).sqrt()
-    verdict = judge(weights.n, Weights(weights.khat, weights.ess))
-    if verdict.level == "no":
+    verdict = judge(weights.n, Weights(weights.khat, weights.ess)) if corrected else _of_raw(weights)
+    if corrected and verdict.level == "no":
         text = f"k-hat {weights.khat:.2f}: the encoder is too far off to be corrected by weights"
         verdict = Verdict("no", (text,), f"do not use: {text}")
     return RowDraws(
@@ -138,18 +150,69 @@ def _weighted(
     )
 
 
-def _incomplete(found: RowDraws, least_log_z: float | None) -> bool:
-    """Whether weights cannot mend these draws: too uneven, or less evidence than samplers have found independently."""
-    assert found.verdict is not None
-    if found.verdict.level == "no" or found.khat > KHAT_BAD:
-        return True
-    return least_log_z is not None and least_log_z > found.log_z + 3 * found.log_z_se + MISSING
+def _lacking(found: RowDraws, least: Evidence | None, row: int) -> str:
+    """What the draws surely lack of the evidence that independent samplers have found; nothing: an empty text."""
+    if least is None:
+        return ""
+    surplus = float(least.log_z[row]) - found.log_z - 3 * math.hypot(found.log_z_se, float(least.se[row]))
+    if not surplus > MISSING:
+        return ""
+    return f"log Z {float(least.log_z[row]):.2f} was found, and these draws account for {found.log_z:.2f}"
+
+
+def _less(found: RowDraws, before: RowDraws) -> str:
+    """What samplers lack of the evidence that the encoder's weighted draws had found."""
+    surplus = before.log_z - found.log_z - 3 * math.hypot(found.log_z_se, before.log_z_se)
+    return f"the encoder found log Z {before.log_z:.2f}, samplers {found.log_z:.2f}" if surplus > MISSING else ""
+
+
+def _lowered(found: RowDraws, text: str) -> RowDraws:
+    """At most "care", for this reason; "no" where the encoder's own draws lack a part."""
+    if not text or found.verdict is None:
+        return found
+    level: Level = "care" if found.verdict.level != "no" and found.route == "smc" else "no"
+    reasons = (text, *(found.verdict.reasons if found.verdict.level == level else ()))
+    return replace(found, verdict=Verdict(level, reasons, f"{WORDS[level]}: {'; '.join(reasons)}"))
+
+
+@torch.no_grad()
+def _weigh(
+    encoder: Encoder, noise: Float[Tensor, "b r e"], x: Float[Tensor, "b N"], target: AmortisedTarget | None
+) -> tuple[Float[Tensor, "b r d"], Float[Tensor, "b r"], Float[Tensor, "b r"] | None]:
+    """Draws, log densities of the encoder, and the model's log joint densities."""
+    z = encoder.sample(noise, x)
+    pieces = z.split(max(1, POINTS // len(x)), 1)
+    log_approx = torch.cat([encoder.log_prob(piece, x, precise=True) for piece in pieces], 1)
+    return z, log_approx, None if target is None else target.log_prior(z) + target.log_likelihood(z, x)
+
+
+def sampled_evidence(target: AmortisedTarget, x: Float[Tensor, "b N"], seed: int) -> Evidence | None:
+    """What a few short SMC samplers from the prior find of each log evidence; None where the prior has no draws.
+
+    The standard error is the larger of a row's own and what the spread of all rows' runs makes of it.
+    """
+    if target.sample_prior is None:
+        return None
+    config = SmcConfig(particles=PARTICLES, moves=MOVES, kernel="random-walk" if target.dim <= 3 else "hmc")
+    generator, found = torch.Generator().manual_seed(seed), []
+    size = max(1, NUMBERS // (RUNS * PARTICLES * max(target.dim, x.shape[1])))
+    for part in x.split(size):
+        repeated = part.repeat_interleave(RUNS, 0)
+        samplers = given_observations(
+            target.dim, target.sample_prior, target.log_prior, target.log_likelihood, repeated
+        )
+        found.append(run_smc(samplers, len(repeated), config, generator).log_z.reshape(len(part), RUNS))
+    log_z = torch.cat(found)
+    top = log_z.amax(1, keepdim=True)
+    relative = torch.where(top > -math.inf, (log_z - top).exp(), 1.0)
+    own = relative.std(1) / relative.mean(1) / math.sqrt(RUNS)
+    return Evidence((top[:, 0] + relative.mean(1).log()), torch.maximum(own, own.square().mean().sqrt()))
 
 
 def _tempered(
-    target: AmortisedTarget, x: Float[Tensor, " N"], n: int, seed: int, khat: float, constrain: Constrain
+    target: AmortisedTarget, x: Float[Tensor, " N"], n: int, seed: int, found: RowDraws, constrain: Constrain
 ) -> RowDraws:
-    """Draws by tempered SMC from the prior, which owe the encoder nothing."""
+    """Draws by tempered SMC from the prior, which owe the encoder nothing; `found` again, if that finds no mass."""
     assert target.sample_prior is not None
 
     def log_likelihood(z: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
@@ -157,20 +220,37 @@ def _tempered(
 
     parts = Parts(target.sample_prior, target.log_prior, log_likelihood)
     density = Density(target.name, target.dim, lambda z: target.log_prior(z) + log_likelihood(z), parts=parts)
-    found = draw_smc(density, n, seed)
-    values = flatten_values(constrain(found.draws.z)).double()
-    moves = Moves(found.ess, found.r_hat, found.acceptance, None, found.particles, found.r_hat_noise)
-    verdict = judge(max(n, int(found.ess)), moves=moves)
-    if found.note:
-        verdict = Verdict("care", (found.note,), f"use with care: {found.note}")
+    try:
+        run = draw_smc(density, max(n, LEAST_RAW), seed, particles=particles_for(density, SAMPLERS * MOST))
+    except InputError:
+        text = "no draw of the prior, and none of the encoder that weights could use, explains it"
+        return replace(found, verdict=Verdict("no", (text,), f"do not use: {text}"))
+    values = flatten_values(constrain(run.draws.z)).double()
+    moves = Moves(run.ess, run.r_hat, run.acceptance, None, run.particles, run.r_hat_noise)
+    verdict = judge(len(values), moves=moves)
+    if run.note:
+        level: Level = "no" if verdict.level == "no" else "care"
+        reasons = (run.note, *(verdict.reasons if level == verdict.level else ()))
+        verdict = Verdict(level, reasons, f"{WORDS[level]}: {'; '.join(reasons)}")
     unknown = torch.full((n,), math.nan, dtype=torch.float64)
-    mean, sd = values.mean(0), values.std(0)
-    figures = (khat, found.ess, found.log_z, found.log_z_se)
-    return RowDraws("smc", values, unknown, found.draws.log_prob, mean, sd, *figures, verdict)
+    ess = min(run.ess, float(len(values)))
+    figures = (found.khat, ess, run.log_z, run.log_z_se)
+    return RowDraws(
+        "smc", values[:n], unknown, run.draws.log_prob[:n], values.mean(0), values.std(0), *figures, verdict
+    )
 
 
-def _seed_from(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator))
+def _of_raw(weights: Smoothed) -> Verdict:
+    """Draws that nothing corrects are as good as they are close: their weights must be even, not just usable."""
+    share = weights.ess / weights.n
+    level: Level = "trust" if share >= CLOSE and weights.khat <= KHAT_GOOD else "care" if share >= NEAR else "no"
+    level = "no" if weights.khat > KHAT_BAD else level
+    text = f"uncorrected, k-hat {weights.khat:.2f}, {share:.0%} of the draws effective"
+    return Verdict(level, (text,), f"{WORDS[level]}: {text}")
+
+
+def _seed(seed: int, row: int, what: int) -> int:
+    return int(torch.randint(2**62, (), generator=named_generator(seed, Stream.DRAW, row, what)))
 
 
 def names_of(constrain: Constrain, dim: int) -> list[str]:

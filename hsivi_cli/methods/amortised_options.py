@@ -12,6 +12,14 @@ from hsivi_cli.targets.amortised import AmortisedTarget
 
 ESTIMATORS = ("a", "b", "c", "naive", "pimh")
 EMBEDDINGS = ("auto", "identity", "mlp", "set", "image")
+# measured on two moons and ten Gaussians; a flow's step costs hardly more with more pairs, up to a thousand
+PAIRS = {"npe": 1024}
+# a fixed budget of simulations is gone through again and again, and stopped by those held out
+FEW_SIMULATIONS, FEW_PAIRS, BUDGET_LR, PASSES, LEAST_STEPS = 20_000, 128, 5e-3, 60, 600
+WAKE_DRAWS = {"wake": 64, "defensive-wake": 64}
+HIDDEN = (128, 128)
+REFRESHED = 10  # of as many observations one gets a new run each time: estimator (a) needs several
+FEW_DIMENSIONS = 3  # where a random walk moves particles as well as gradients do, at less cost
 SLEEP = 0.5  # of SMC-Wake's gradient from simulations, where the model has them
 
 
@@ -71,13 +79,24 @@ def configure(options: AmortisedOptions, target: AmortisedTarget) -> Config:
             f"{target.name}: one observation alone cannot be amortised over: give a table of many rows, give the model "
             "simulate=..., or leave --amortize out"
         )
+    chosen["refresh_count"] = max(Config.refresh_count, len(target.observed) // REFRESHED)
+    if target.dim <= FEW_DIMENSIONS:
+        chosen["kernel"] = "random-walk"
+    if options.method in PAIRS:
+        chosen["pairs"] = PAIRS[options.method]
+    if options.simulations:
+        chosen["pairs"] = FEW_PAIRS if options.simulations <= FEW_SIMULATIONS else chosen.get("pairs", Config.pairs)
+        passes = int(PASSES * options.simulations / chosen["pairs"])
+        chosen |= {"lr": BUDGET_LR, "steps": max(LEAST_STEPS, min(Config.steps, passes))}
+    if options.method in WAKE_DRAWS:
+        chosen["draws"] = WAKE_DRAWS[options.method]
     if options.particles is not None:
         chosen["particles" if options.method == "smc-wake" else "draws"] = options.particles
     given: dict[str, Any] = {"estimator": options.estimator, "simulations": options.simulations}
     given |= {"steps": options.steps, "lr": options.lr}
     chosen |= {name: value for name, value in given.items() if value is not None}
     network = {"family": options.encoder, "embedding": options.embedding}
-    encoder = EncoderConfig(**{name: value for name, value in network.items() if value is not None})  # type: ignore[arg-type]
+    encoder = EncoderConfig(hidden=HIDDEN, **{name: value for name, value in network.items() if value is not None})  # type: ignore[arg-type]
     shape = parse_shape(options.shape) if options.shape is not None else None
     width = target.observed.shape[1]
     if shape is not None and math.prod(shape) != width:

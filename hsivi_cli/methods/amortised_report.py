@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.evaluation.verdict import KHAT_BAD, KHAT_GOOD, WORDS, Verdict
+from hsivi_cli.evaluation.verdict import KHAT_BAD, KHAT_GOOD, WORDS, Level, Verdict
 from hsivi_cli.methods.amortised_draws import RowDraws
 from hsivi_cli.targets.encoder_check import EncoderCheck
 
 FEW = 0.05  # share of the observations that may fall short before all are judged by them
 COVERAGE_AT = (0.5, 0.9)
+FAR = 1.0  # standard deviations beyond the range of training, where nobody has checked what the encoder does
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class AmortisedReport:
         """Plain JSON: what a script wants to read."""
         fields: dict[str, Any] = {"method": self.method, "amortised": True, "n": len(self.rows[0].values)}
         fields |= {"verdict": {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}}
-        fields |= {"encoder": self.encoder, "simulated": self.simulated, "lost": self.lost}
+        fields |= {
+            "encoder": self.encoder,
+            "calibrated": self.calibrated,
+            "simulated": self.simulated,
+            "lost": self.lost,
+        }
         fields["observations"] = [self._row(i) for i in range(len(self.rows))]
         if self.check is not None:
             found, curve = self.check.sbc, self.check.coverage
@@ -50,7 +56,12 @@ class AmortisedReport:
                 "coverage": {f"{level:g}": _covered(self.check, level) for level in (0.5, 0.8, 0.9, 0.95)},
                 "coverage_inside_band": curve.inside,
             }
-        return fields
+        return _plain(fields)
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether the encoder's calibration passed, None where it was not measured."""
+        return None if self.check is None else _passed(self.check)
 
     def _row(self, i: int) -> dict[str, Any]:
         row = self.rows[i]
@@ -74,23 +85,27 @@ def report_on_rows(
     check: EncoderCheck | None,
     beyond: Float[Tensor, " B"] | None = None,
     simulated: tuple[int, int] = (0, 0),
-    inherited: str = "",
+    inherited: tuple[str, bool | None] | None = None,
 ) -> AmortisedReport:
-    """Judge the draws of all observations. `inherited` is what the fit said of its encoder, `simulated` (made, lost).
+    """Judge the draws of all observations. `simulated` counts (made, lost).
 
-    Corrected draws are judged by their weights and moves; the encoder's own by its calibration as well.
+    `inherited` is what a fit said of its encoder, and whether calibration passed. Corrected draws are judged by their
+    weights and moves; the encoder's own by its calibration as well.
     """
-    encoder = inherited or _of_encoder(check)
-    verdict = _of_rows(rows, check)
+    encoder, calibrated = inherited or (_of_encoder(check), None if check is None else _passed(check))
+    verdict = _of_rows(rows, calibrated, beyond)
     return AmortisedReport(method, columns, rows, verdict, encoder, check, beyond, *simulated)
 
 
-def _of_rows(rows: list[RowDraws], check: EncoderCheck | None) -> Verdict:
-    judged = [row.verdict for row in rows if row.verdict is not None]
+def _of_rows(rows: list[RowDraws], calibrated: bool | None, beyond: Float[Tensor, " B"] | None) -> Verdict:
+    judged, total = [row.verdict for row in rows if row.verdict is not None], len(rows)
     if not judged:
         text = "nothing has checked these draws: name the model with --model"
-        return Verdict("care", (text,), f"use with care: {text}")
-    total = len(rows)
+        far = [] if beyond is None else (beyond > FAR).nonzero()[:, 0].tolist()
+        if far:
+            text = f"{_some(far, total)} far outside of what training has seen, and {text}"
+        level: Level = "no" if far else "care"
+        return Verdict(level, (text,), f"{WORDS[level]}: {text}")
     poor = [i for i, verdict in enumerate(judged) if verdict.level == "no"]
     noisy = [i for i, verdict in enumerate(judged) if verdict.level == "care"]
     uncorrected = all(row.route == "encoder" for row in rows)
@@ -100,15 +115,15 @@ def _of_rows(rows: list[RowDraws], check: EncoderCheck | None) -> Verdict:
         level = "no" if len(poor) > FEW * total else "care"
         way_on = ", leave out --refine none" if uncorrected else ""
         reasons.append(f"{_some(poor, total)}: {judged[poor[0]].reasons[0]}{way_on}")
-    if level != "no" and len(noisy) > FEW * total:
-        level = "care"
+    if len(noisy) > FEW * total:
+        level = "no" if level == "no" else "care"
         reasons.append(f"{_some(noisy, total)}: {judged[noisy[0]].reasons[0]}")
-    if uncorrected and check is not None and not _passed(check):
+    if uncorrected and calibrated is False:
         level = max(level, "care", key=("trust", "care", "no").index)
         reasons.append("the encoder is not calibrated, and nothing corrects its draws")
     if level == "trust":
         reasons = [_how(rows)]
-    return Verdict(level, tuple(reasons), f"{WORDS[level]}: {'; '.join(reasons)}")  # type: ignore[arg-type, index]
+    return Verdict(level, tuple(reasons), f"{WORDS[level]}: {'; '.join(reasons)}")
 
 
 def _how(rows: list[RowDraws]) -> str:
@@ -118,7 +133,9 @@ def _how(rows: list[RowDraws]) -> str:
     if len(khats):
         parts.append(f"k-hat at most {float(khats.max()):.2f} in {len(khats)} of {len(rows)} observations")
     if tempered:
-        parts.append(f"{tempered} by tempered SMC instead")
+        lacking = sum(row.route == "smc" and row.khat <= KHAT_BAD for row in rows)
+        why = f" ({lacking} because the encoder's draws lacked evidence)" if lacking else ""
+        parts.append(f"{tempered} by tempered SMC instead{why}")
     return ", ".join(parts)
 
 
@@ -150,6 +167,25 @@ def _some(which: list[int], total: int, most: int = 5) -> str:
     """As "3 of 100 observations (4, 17, 80)"."""
     numbers = ", ".join(str(i + 1) for i in which[:most]) + (" ..." if len(which) > most else "")
     return f"{len(which)} of {total} observations ({numbers})"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def outside(beyond: Float[Tensor, " B"]) -> str:
+    """Which observations lie outside of the range of training, and how far."""
+    rows = (beyond > 0).nonzero()[:, 0]
+    farthest = rows[beyond[rows].argsort(descending=True)].tolist()
+    return (
+        f"{_some(farthest, len(beyond))} outside of the range that training has seen, the first by "
+        f"{float(beyond.max()):.3g} standard deviations: the encoder extrapolates there"
+    )
 
 
 def count_by_khat(rows: list[RowDraws]) -> tuple[int, int, int]:

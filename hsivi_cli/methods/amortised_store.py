@@ -13,11 +13,10 @@ from torch import Tensor
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.errors import InputError, InterruptError
-from hsivi_cli.io.files import read_json, write_json
+from hsivi_cli.io.files import read_json
 from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, REPORT
 from hsivi_cli.methods import amortised
 from hsivi_cli.methods.amortised_draws import Constrain
-from hsivi_cli.methods.amortised_report import AmortisedReport
 from hsivi_cli.methods.posterior_store import STATE
 from hsivi_cli.networks.posterior_encoder import Encoder, EncoderConfig, build_encoder
 from hsivi_cli.targets.amortised import AmortisedTarget, load_amortised, read_observations
@@ -31,7 +30,10 @@ LOG_EVERY = 100
 
 @dataclass(frozen=True)
 class Opened:
-    """A fit to draw from. Without the model's file `target` is None and observations are read by `columns`."""
+    """A fit to draw from. Without the model's file `target` is None and observations are read by `columns`.
+
+    `order` is that of the columns in the table of the fit.
+    """
 
     encoder: Encoder
     config: amortised.Config
@@ -40,6 +42,7 @@ class Opened:
     target: AmortisedTarget | None
     make: Callable[[Any], Any] | None
     report: dict[str, Any]
+    order: tuple[str, ...] = ()
 
     @property
     def encoder_width(self) -> int:
@@ -76,15 +79,14 @@ def config_of(tree: dict[str, Any]) -> amortised.Config:
     return amortised.Config(**fields, encoder=encoder, shape=tuple(shape) if shape else None)
 
 
-def save_amortised(directory: Path, state: amortised.State, source: Source, data: Any, report: AmortisedReport) -> None:
-    """Write what `open_amortised` needs, the report beside it."""
+def save_amortised(directory: Path, state: amortised.State, source: Source, data: Any) -> None:
+    """Write what `open_amortised` needs, as soon as training has ended: what comes after may fail."""
     target = state.target
     supports = [
         {"name": p.name, "shape": list(p.shape), "support": p.support} if isinstance(p.support, str) else None
         for p in target.parameters
     ]
     save_source(directory, source, data)
-    write_json(directory / REPORT, report.to_json())
     tree = {
         "encoder": dict(state.encoder.state_dict()),
         "dim": target.dim,
@@ -105,11 +107,11 @@ def open_amortised(path: Path, model: str | None) -> Opened:
     encoder = build_encoder(config.encoder, tree["dim"], config.shape or (tree["width"],), seed=config.seed)
     encoder.load_state_dict(tree["encoder"])
     columns = None if tree["columns"] is None else tuple(tree["columns"])
-    report = read_json(path / REPORT)
+    report = read_json(path / REPORT) if (path / REPORT).is_file() else {}
     if model is not None:
-        source = load_source(path, model)
-        target = load_amortised(Path(model), read_source(source))
-        return Opened(encoder, config, target.constrain, columns, target, model_maker(Path(model)), report)
+        table = read_source(load_source(path, model))
+        target, order = load_amortised(Path(model), table), tuple(table.columns)
+        return Opened(encoder, config, target.constrain, columns, target, model_maker(Path(model)), report, order)
     if tree["parameters"] is None:
         raise InputError(f"{path}: name the model file with --model, its parameters are known to it alone")
     parameters = tuple(Parameter(p["name"], tuple(p["shape"]), p["support"]) for p in tree["parameters"])
@@ -119,7 +121,10 @@ def open_amortised(path: Path, model: str | None) -> Opened:
 def observe(opened: Opened, table: Any, name: str) -> Float[Tensor, "B N"]:
     """The observations in `table`, a row each. Raises InputError for columns that are missing or hold no numbers."""
     if opened.make is not None:
-        return read_observations(opened.make, table, name)
+        # in the order that the model has seen before: numpy views of columns in another can have negative strides
+        known = [column for column in opened.order if column in table.columns]
+        others = [column for column in table.columns if column not in known]
+        return read_observations(opened.make, table[[*known, *others]].copy(), name)
     if opened.columns is None:
         raise InputError("the model computes its observations from the table: name its file with --model")
     missing = [column for column in opened.columns if column not in table.columns]

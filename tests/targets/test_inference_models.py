@@ -45,7 +45,10 @@ def test_the_list_is_whole():
 def test_every_row_is_an_observation_that_the_prior_can_make(name, targets):
     target = targets[name]
     assert target.facts == (), "a model that ships must be batched and twice differentiable"
-    assert f"hsivi fit-posterior {name}.csv --model {name}.py --method smc-wake" in (SHIPPED / f"{name}.py").read_text()
+    assert (
+        f"hsivi fit-posterior {name}.csv --model {name}.py --method smc-wake --amortize"
+        in (SHIPPED / f"{name}.py").read_text()
+    )
     assert target.observed.shape == table(name).shape
     assert len(target.observed) >= 20
     z = target.sample_prior(1000, generator())
