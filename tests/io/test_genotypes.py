@@ -22,7 +22,7 @@ VCF_TEXT = (
 
 
 def test_plink_files(tmp_path):
-    bed_reader = pytest.importorskip("bed_reader")
+    bed_reader = pytest.importorskip("bed_reader", reason="the extra genetics is not installed")
     path = tmp_path / "people.bed"
     bed_reader.to_bed(path, COUNTS, properties={"iid": ["a", "b", "c", "d"], "sid": ["rs1", "rs2", "rs2"]})
     for name in ("people.bed", "people.bim", "people.fam"):
@@ -45,7 +45,7 @@ def test_plink_files(tmp_path):
 
 
 def test_vcf_files(tmp_path):
-    pytest.importorskip("cyvcf2")
+    pytest.importorskip("cyvcf2", reason="the extra genetics is not installed")
     path = tmp_path / "people.vcf"
     path.write_text(VCF_TEXT, encoding="utf-8")
     rows = read_rows(str(path))
