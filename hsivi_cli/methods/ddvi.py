@@ -40,12 +40,14 @@ class Config:
     The posterior walks T = `times` steps of `schedule`. A step sees `batch` rows, `samples` chains each, and
     `sleep_batch` fantasies (0: as many) at `sleep_times` of the T times each; `gamma` 0 leaves sleep out. `wake` False
     leaves the bound out, and with it the model as it is; `sleep_first` does so for that share of the steps, for priors
-    so thin that the bound would start at thousands of nats. The trunk has layers of `hidden`, or is convolutional for
-    images of `shape`, and gives `features`; the steps' network has `layers` of `width`. The learning rate is `lr` after
-    `warmup` steps and then falls to 0 at `steps`; `head_rate` multiplies it for the prior's parameters, `clip` bounds
-    gradients' norms. Labelled rows add
-    `class_weight` times the mean cross entropy of their class. `spread` keeps the heads of
-    clusters apart.
+    so thin that the bound would start at thousands of nats. Over the share `warm` of steps that follow, what the bound
+    charges for latents comes in little by little: a chain that knows nothing of x is a saddle, from which a decoder
+    that leaves latents alone is the shortest way. (Not with labels.)
+
+    The trunk has layers of `hidden`, or is convolutional for images of `shape`, and gives `features`; the steps'
+    network has `layers` of `width`. The learning rate is `lr` after `warmup` steps and then falls to 0 at `steps`;
+    `head_rate` multiplies it for the prior's parameters, `clip` bounds gradients' norms. Labelled rows add
+    `class_weight` times the mean cross entropy of their class. `spread` keeps the heads of clusters apart.
     """
 
     steps: int = 10_000
@@ -63,6 +65,7 @@ class Config:
     sleep_batch: int = 0
     sleep_times: int = 4
     sleep_first: float = 0.0
+    warm: float = 0.0
     wake: bool = True
     freeze_decoder: bool = False
     hidden: tuple[int, ...] = (256, 256)
@@ -161,21 +164,34 @@ def wake_loss(
     if state.encoder.classes > 1:
         bound, penalty = ddvi_classes.wake(state, rows, labels, generator)
         return bound, -bound + config.class_weight * penalty
-    bound = chain_bound(state, rows, config.samples, generator).mean()
+    share = _warmed(state)
+    bounds, rebuilt = chain_bound(state, rows, config.samples, generator)
+    bound = bounds.mean()
+    loss = -bound if share == 1 else -(share * bound + (1 - share) * rebuilt.mean())
     if config.spread > 0:
-        return bound, config.spread * ddvi_classes.head_spread(state.model.prior) - bound
-    return bound, -bound
+        loss = loss + config.spread * ddvi_classes.head_spread(state.model.prior)
+    return bound, loss
 
 
-def chain_bound(state: State, rows: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> Float[Tensor, "k n"]:
-    """Estimator (a) or (b) of the bound (1) at k chains a row."""
+def _warmed(state: State) -> float:
+    """The share of the bound in what is raised; the rest is reconstruction alone."""
+    config = state.config
+    awake = state.step - config.sleep_first * config.steps
+    return min(1.0, awake / (config.warm * config.steps)) if config.warm > 0 else 1.0
+
+
+def chain_bound(
+    state: State, rows: Float[Tensor, "n D"], k: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "k n"], Float[Tensor, "k n"]]:
+    """Estimator (a) or (b) of the bound (1) at k chains a row, and `log p(x | y_0)`."""
     encoder, n = state.encoder, len(rows)
     encoded = encoder.encode(rows)
     chain = encoder.run(encoded, normals((state.noise.times + 1, k * n, encoder.dim), encoded.start_mean, generator))
     z = chain.z if k == 1 else chain.z.view(k, n, -1)
-    log_joint = state.model.log_joint(rows, z).reshape(-1)
+    rebuilt = state.model.log_likelihood(rows, z)
+    log_joint = (rebuilt + state.model.prior.log_prob(z)).reshape(-1)
     form = pathwise_bound if state.config.estimator == "a" else per_step_bound
-    return form(log_joint, chain, state.noise).view(k, n)
+    return form(log_joint, chain, state.noise).view(k, n), rebuilt.view(k, n)
 
 
 def asleep_loss(
@@ -287,5 +303,7 @@ def _check(config: Config) -> None:
         raise InputError(f'there is no estimator "{config.estimator}" of the bound: choose a or b')
     if not 0 <= config.gamma < math.inf or (config.gamma == 0 and (not config.wake or config.sleep_first > 0)):
         raise InputError(f"gamma {config.gamma}: a positive number, or 0 with the wake phase alone, is needed")
+    if not 0 <= config.warm <= 1:
+        raise InputError(f"warm {config.warm}: a share of the steps, 0 to 1, is needed")
     if not 0 <= config.sleep_first <= 1:
         raise InputError(f"sleep_first {config.sleep_first}: a share of the steps, 0 to 1, is needed")

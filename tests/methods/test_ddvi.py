@@ -200,3 +200,22 @@ def test_a_run_that_diverges_says_so():
     with pytest.raises(RunError, match="--lr"):
         for _ in range(30):
             ddvi.step(state, None, seeded())
+
+
+def test_what_the_bound_charges_for_latents_comes_in_little_by_little():
+    task = digits_like()
+    state = ddvi.init(task, replace(SMALL, warm=0.4, sleep_first=0.2))  # 50 steps: 10 asleep, 20 of warming
+    shaken(state)
+
+    def losses(step):
+        state.step = step
+        bound, loss = ddvi.wake_loss(state, task.rows, None, seeded(3))
+        _, rebuilt = ddvi.chain_bound(state, task.rows, SMALL.samples, seeded(3))
+        return bound, loss, rebuilt.mean()
+
+    for step, share in ((10, 0.0), (15, 0.25), (25, 0.75), (30, 1.0), (50, 1.0)):
+        bound, loss, rebuilt = losses(step)
+        torch.testing.assert_close(loss, -(share * bound + (1 - share) * rebuilt))
+    assert float(losses(10)[1].detach()) != pytest.approx(float(losses(50)[1].detach()), abs=1e-3)
+    with pytest.raises(InputError, match=r"warm 1\.5"):
+        ddvi.init(task, replace(SMALL, warm=1.5))
