@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES
+from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, Wanted
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -24,22 +24,14 @@ SHOWN = 12  # observations in the table; of more, the worst
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to do beside training: how many draws of a row, how corrected and checked, and where everything goes."""
+class AmortisedWanted(Wanted):
+    """And how draws are corrected, and by how many simulated observations the encoder is checked."""
 
-    draws: int | None
-    refine: str
-    sbc: int | None
-    out: str | None
-    save: Path | None
-    resume: bool
-    plot: Path | None
-    force: bool
-    threads: int
-    as_json: bool
+    refine: str = "auto"
+    sbc: int | None = None
 
 
-def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: Wanted) -> None:
+def fit_amortised(source: "Source", settings: "AmortisedOptions", wanted: AmortisedWanted) -> None:
     """Train, draw for every row, check and show. Raises what these raise."""
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.io.draw_files import open_draws
@@ -158,14 +150,14 @@ def _training_lines(method: str) -> Any:
 
 
 def _check(target: "AmortisedTarget", encoder: Any, asked: int | None, seed: int) -> "EncoderCheck | None":
-    import torch
-
+    from hsivi_cli.engine.seeds import Stream
+    from hsivi_cli.engine.seeds import generator as named_generator
     from hsivi_cli.targets.encoder_check import check_encoder
 
     if asked == 0 or (asked is None and target.simulate is None):
         return None
     console.story(f"checking the encoder on {asked or REPLICATIONS} simulated observations")
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = named_generator(seed, Stream.CHECK)
     return check_encoder(target, encoder.draw, encoder.log_prob, asked or REPLICATIONS, CHECK_DRAWS, generator)
 
 

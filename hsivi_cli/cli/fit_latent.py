@@ -2,12 +2,12 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES
+from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, Wanted
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -19,20 +19,6 @@ if TYPE_CHECKING:
 LATENT = "latent"
 """The word that `--model` takes in place of a file; a file of that name is ./latent."""
 SHOWN = 8  # rows of a table of latents that are printed
-
-
-@dataclass(frozen=True)
-class LatentWanted:
-    """What to do beside training: draws of a row, and where everything goes."""
-
-    draws: int | None
-    out: str | None
-    save: Path | None
-    resume: bool
-    plot: Path | None
-    force: bool
-    threads: int
-    as_json: bool
 
 
 def options_from(
@@ -63,7 +49,7 @@ def options_from(
     return found
 
 
-def fit_latent(source: str | None, settings: "LatentOptions", wanted: LatentWanted) -> None:
+def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) -> None:
     """Train, measure on rows held out, write the latents and the map, and say what they are worth."""
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
     from hsivi_cli.methods.latent_fit import in_order, latents_of, prepare, read_latent, train

@@ -2,6 +2,8 @@
 
 import math
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsivi_cli.cli import console
@@ -14,6 +16,20 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.refine import OnProgress, Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to do beside training: how many draws, and where everything goes."""
+
+    draws: int | None
+    out: str | None
+    save: Path | None
+    resume: bool
+    plot: Path | None
+    force: bool
+    threads: int
+    as_json: bool
 
 
 def show(

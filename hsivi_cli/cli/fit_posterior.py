@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsivi_cli.cli import console, options
-from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, progress_lines, show
+from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, Wanted, progress_lines, show
 from hsivi_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def fit_posterior(
     of_latents["hold_out"] = hold_out
     of_amortised: dict[str, Any] = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if model == "latent":
-        from hsivi_cli.cli.fit_latent import LatentWanted, fit_latent, options_from
+        from hsivi_cli.cli.fit_latent import fit_latent, options_from
 
         unused: dict[str, Any] = {"formula": formula, "example": example, "amortize": amortize, "layerwise": layerwise}
         unused |= {"encoder": encoder, "estimator": estimator, "particles": particles, "sbc": sbc} | of_amortised
@@ -247,7 +247,7 @@ def fit_posterior(
         fit_latent(
             data,
             options_from(method, tuple(prior or ()), compare, paper, **chosen_latents),
-            LatentWanted(draws, out, save, resume, plot, force, threads, as_json),
+            Wanted(draws, out, save, resume, plot, force, threads, as_json),
         )
         return
     for name, value in (of_latents | {"compare": compare}).items():
@@ -272,12 +272,12 @@ def fit_posterior(
         for flag, given in unused.items():
             if given:
                 raise InputError(f"{flag} does nothing with --amortize: leave it out")
-        from hsivi_cli.cli.fit_amortised import Wanted, fit_amortised
+        from hsivi_cli.cli.fit_amortised import AmortisedWanted, fit_amortised
         from hsivi_cli.methods.amortised_options import AmortisedOptions
 
         chosen = "smc-wake" if method == "auto" else method
         fields: dict[str, Any] = of_amortised | {"encoder": encoder, "estimator": estimator, "particles": particles}
-        wanted = Wanted(draws, refine, sbc, out, save, resume, plot, force, threads, as_json)
+        wanted = AmortisedWanted(draws, out, save, resume, plot, force, threads, as_json, refine, sbc)
         fit_amortised(source, AmortisedOptions(chosen, steps=steps, lr=lr, seed=seed, **fields), wanted)
         return
     for name, value in of_amortised.items():

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     TRAIN = 1
     DRAW = 2
     SIMULATE = 3
+    CHECK = 4
 
 
 def generator(seed: int, stream: Stream, *key: int, device: str = "cpu") -> torch.Generator:

@@ -24,13 +24,13 @@ from hsivi_cli.evaluation.posterior_plot import (
     ORANGE,
     POINTS,
     RED,
-    _draw_marginal,
-    _draw_ranks,
-    _figure,
-    _heading,
-    _save,
-    _short,
-    _tidy,
+    draw_marginal,
+    draw_ranks,
+    heading,
+    new_figure,
+    save_figure,
+    shortened,
+    tidy,
 )
 from hsivi_cli.evaluation.uniformity import simultaneous_band
 
@@ -64,7 +64,7 @@ def plot_encoder_check(
     joint = JOINT in sbc.columns
     count = 1 + joint + (khats is not None)
     top_height, bottom_height = 3.3, (1.7 * down + 0.75) if shown else 0.0
-    figure = _figure(max(3.3 * count, 2.5 * across) + 0.4, top_height + bottom_height + 0.5)
+    figure = new_figure(max(3.3 * count, 2.5 * across) + 0.4, top_height + bottom_height + 0.5)
     heights = [top_height, bottom_height] if shown else [top_height]
     top, *bottom = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     panels = iter(top.subplots(1, count, squeeze=False)[0])
@@ -85,13 +85,13 @@ def plot_encoder_check(
     if khats is not None:
         _draw_khats(next(panels), np.asarray(khats, np.float64))
     if shown:
-        _heading(bottom[0], f"Ranks of the truth among {sbc.draws} draws: share below, minus expected{left_out}")
+        heading(bottom[0], f"Ranks of the truth among {sbc.draws} draws: share below, minus expected{left_out}")
         grid = bottom[0].subplots(down, across, squeeze=False).ravel()
         for panel, j in zip(grid, shown, strict=False):
-            _draw_ranks(panel, sbc, int(j), band)
+            draw_ranks(panel, sbc, int(j), band)
         for panel in grid[len(shown) :]:
             panel.axis("off")
-    _save(figure, path, sbc.verdict if title is None else title)
+    save_figure(figure, path, sbc.verdict if title is None else title)
 
 
 def plot_amortised(
@@ -152,7 +152,7 @@ def _draw_curve(
 ) -> None:
     """Expected coverage against level, with the diagonal and its band."""
     levels, lower, upper = band
-    _tidy(panel)
+    tidy(panel)
     panel.set_box_aspect(1)
     panel.fill_between([0, *levels, 1], [0, *lower, 1], [0, *upper, 1], color=GRID, linewidth=0)
     panel.plot([0, 1], [0, 1], color=MUTED, linewidth=0.6)
@@ -170,7 +170,7 @@ def _draw_curve(
 
 def _draw_khats(panel: "Axes", khats: np.ndarray) -> None:
     """Sorted k-hats of importance sampling from the encoder, one an observation."""
-    _tidy(panel)
+    tidy(panel)
     panel.set_box_aspect(1)
     panel.set_title("k-hat of the encoder", **_TITLE)
     panel.set_xlabel("observations, sorted", fontsize=8, color=MUTED)
@@ -205,19 +205,19 @@ def _plot_pairs(
 ) -> None:
     across = len(rows) if len(rows) <= 3 else 2 if len(rows) == 4 else 3
     down = math.ceil(len(rows) / across)
-    figure = _figure(3.0 * across + 0.5, 2.9 * down + 0.9)
+    figure = new_figure(3.0 * across + 0.5, 2.9 * down + 0.9)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for panel, row in zip(panels, rows, strict=False):
         _draw_cloud(panel, draws[row], f"observation {row + 1}", None if truth is None else truth[row])
     for panel in panels[len(rows) :]:
         panel.axis("off")
-    figure.supxlabel(_short(columns[0]), fontsize=9, color=INK, parse_math=False)
-    figure.supylabel(_short(columns[1]), fontsize=9, color=INK, parse_math=False)
-    _save(figure, path, _said(title, len(rows), len(draws), truth))
+    figure.supxlabel(shortened(columns[0]), fontsize=9, color=INK, parse_math=False)
+    figure.supylabel(shortened(columns[1]), fontsize=9, color=INK, parse_math=False)
+    save_figure(figure, path, _said(title, len(rows), len(draws), truth))
 
 
 def _draw_cloud(panel: "Axes", x: np.ndarray, name: str, truth: np.ndarray | None) -> None:
-    _tidy(panel)
+    tidy(panel)
     panel.set_box_aspect(1)
     panel.set_title(name, fontsize=8.5, color=INK, loc="left", pad=3)
     x = x[np.isfinite(x).all(1)]
@@ -246,29 +246,29 @@ def _plot_marginals(
     shown = most_informed(draws[side], PARAMETERS)
     several = len(draws) > 1
     width = 1.65 * len(rows)
-    figure = _figure(max(width + (3.2 if several else 0) + 0.7, 4.8), 1.65 * len(shown) + 1.1)
+    figure = new_figure(max(width + (3.2 if several else 0) + 0.7, 4.8), 1.65 * len(shown) + 1.1)
     widths = [max(width, 3.0), 3.2] if several else [1.0]
     body, *beside = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     grid = body.subplots(len(shown), len(rows), squeeze=False)
     for panels, j in zip(grid, shown, strict=True):
         for panel, row in zip(panels, rows, strict=True):
             name = f"observation {row + 1}" if j == shown[0] else ""
-            _draw_marginal(panel, name, draws[row, :, j], None)
+            draw_marginal(panel, name, draws[row, :, j], None)
             if truth is not None and np.isfinite(truth[row, j]):
                 panel.axvline(truth[row, j], color=ORANGE, linewidth=1.4, zorder=3)
-        panels[0].set_ylabel(_short(columns[j], 18), fontsize=8.5, color=INK, parse_math=False)
+        panels[0].set_ylabel(shortened(columns[j], 18), fontsize=8.5, color=INK, parse_math=False)
     left_out = "" if len(shown) == len(columns) else f" ({len(shown)} of {len(columns)} parameters)"
-    _heading(body, f"Marginals with 90 % interval{left_out}")
+    heading(body, f"Marginals with 90 % interval{left_out}")
     if beside:
         for panel, j in zip(beside[0].subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
             _draw_intervals(panel, draws[side, :, j], None if truth is None else truth[side, j], len(side) > len(rows))
-        _heading(beside[0], f"{len(side)} of {len(draws)} observations" if len(side) < len(draws) else "Side by side")
-    _save(figure, path, _said(title, len(rows), len(draws), truth))
+        heading(beside[0], f"{len(side)} of {len(draws)} observations" if len(side) < len(draws) else "Side by side")
+    save_figure(figure, path, _said(title, len(rows), len(draws), truth))
 
 
 def _draw_intervals(panel: "Axes", x: np.ndarray, truth: np.ndarray | None, many: bool) -> None:
     """Mean and 90 % interval of every observation; many in the order of their means, few by number."""
-    _tidy(panel)
+    tidy(panel)
     panel.set_xticks([])
     number = np.flatnonzero(np.isfinite(x).any(1))
     if not len(number):

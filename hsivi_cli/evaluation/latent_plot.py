@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.evaluation.posterior_plot import BLUE, INK, MUTED, _figure, _save, _short, _tidy
+from hsivi_cli.evaluation.posterior_plot import BLUE, INK, MUTED, new_figure, save_figure, shortened, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,9 +159,9 @@ def _draw(
     beside = across * (0.4 + 0.065 * widest) if lines and not strip else 1.0 if numbers is not None else 0.1
     strips = len(kinds) or 1
     height = max(1.9, 0.7 + 0.3 * strips) if strip else 5.8
-    figure = _figure((6.35 if beside > 0.1 or strip else 5.9) + beside, height + (0.3 if notes else 0))
+    figure = new_figure((6.35 if beside > 0.1 or strip else 5.9) + beside, height + (0.3 if notes else 0))
     panel = figure.subplots()
-    _tidy(panel)
+    tidy(panel)
     aside = np.zeros(len(place))
     if strip:
         aside = _strips(panel, place[:, 0], kinds)
@@ -189,7 +189,7 @@ def _draw(
         _legend(figure, lines, name, across)
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=7.5, color=MUTED, x=0.01, ha="left")
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
 def _scatter_mixed(panel: "Axes", points: np.ndarray, kinds: list[Category], style: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def _draw_numbers(
     bar = figure.colorbar(shown_bar, ax=panel, shrink=0.75, aspect=28, pad=0.02, extend=extend)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, colors=MUTED, width=0.6, length=2.5)
-    told = f"{_short(name)} (grey: missing)" if (~known).any() else _short(name)
+    told = f"{shortened(name)} (grey: missing)" if (~known).any() else shortened(name)
     bar.set_label(told, fontsize=8.5, color=INK, parse_math=False)
 
 
@@ -266,7 +266,7 @@ def _strips(panel: "Axes", z: np.ndarray, kinds: list[Category]) -> np.ndarray:
     rows = np.zeros(len(z))
     for index, kind in enumerate(kinds):
         rows[kind.at] = -index
-    panel.set_yticks(-np.arange(len(kinds)), [_short(kind.label, 22) for kind in kinds])
+    panel.set_yticks(-np.arange(len(kinds)), [shortened(kind.label, 22) for kind in kinds])
     panel.tick_params(axis="y", length=0, labelcolor=INK)
     panel.spines["left"].set_visible(False)
     return rows + jitter
@@ -296,9 +296,9 @@ def _legend_columns(kinds: list[Category]) -> list[list[tuple[str, Category | No
     last = None
     for kind in kinds:
         if kind.group != last or not kind.group:
-            blocks.append([(_short(kind.group, 22), None)] if kind.group else [])
+            blocks.append([(shortened(kind.group, 22), None)] if kind.group else [])
         last = kind.group
-        blocks[-1].append((f"{_short(kind.label, 22)}  {len(kind.at)}", kind))
+        blocks[-1].append((f"{shortened(kind.label, 22)}  {len(kind.at)}", kind))
     columns: list[list[tuple[str, Category | None]]] = []
     total = sum(len(block) for block in blocks)
     target = math.ceil(total / max(1, math.ceil(total / LEGEND_ROWS)))
@@ -321,7 +321,7 @@ def _legend(figure: Any, lines: list[tuple[str, Category | None]], name: str, ac
         handles.append(mark)
     legend = figure.legend(
         handles=handles, loc="outside right center", ncols=across, frameon=False, fontsize=8, labelcolor=INK,
-        handletextpad=0.3, labelspacing=0.32, columnspacing=1.0, title=_short(name),
+        handletextpad=0.3, labelspacing=0.32, columnspacing=1.0, title=shortened(name),
         title_fontproperties={"size": 9, "weight": "bold"}, alignment="left",
     )  # fmt: skip
     for text, (_, kind) in zip(legend.get_texts(), lines, strict=True):

@@ -69,7 +69,7 @@ def plot_fit(
     left = max(1.95 * across, 4.4)
     right = max(1.6 * (len(paired) - 1), 3.2) if len(paired) > 1 else 0.0
     height = max(1.55 * down + (2.1 if trace is not None else 0), right - 0.6 if right else 0, 3.4) + 0.9
-    figure = _figure(left + right + 0.9, height)
+    figure = new_figure(left + right + 0.9, height)
     widths = [left, right] if right else [left]
     body, *pairs = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0]
     if trace is not None:
@@ -77,18 +77,18 @@ def plot_fit(
         _draw_trace(top.subplots(), trace)
     panels = body.subplots(down, across, squeeze=False).ravel()
     for panel, j in zip(panels, shown, strict=False):
-        _draw_marginal(panel, columns[j], values[:, j], None if truth is None else truth[:, j])
+        draw_marginal(panel, columns[j], values[:, j], None if truth is None else truth[:, j])
     for panel in panels[len(shown) :]:
         panel.axis("off")
     if pairs:
         _draw_pairs(pairs[0], [columns[j] for j in paired], values[:, paired])
         all_of_them = len(columns) == len(paired)
         chosen = f"Most correlated ({len(paired)} of {len(columns)} parameters)"
-        _heading(pairs[0], "Pairs" if all_of_them else chosen)
+        heading(pairs[0], "Pairs" if all_of_them else chosen)
     left_out = "" if len(columns) == len(shown) else f" ({len(shown)} of {len(columns)} parameters)"
     outlined = ", reference outlined" if truth is not None else ""
-    _heading(body, f"Marginals with 90 % interval{outlined}{left_out}")
-    _save(figure, path, title)
+    heading(body, f"Marginals with 90 % interval{outlined}{left_out}")
+    save_figure(figure, path, title)
 
 
 def plot_sbc(path: Path, result: SbcResult) -> None:
@@ -100,18 +100,18 @@ def plot_sbc(path: Path, result: SbcResult) -> None:
     worst = np.argsort([test.p for test in result.tests], kind="stable")[: MARGINALS - 1]
     across = min(4, len(worst) + 1)
     down = math.ceil((len(worst) + 1) / across)
-    figure = _figure(2.7 * across + 0.6, 2.1 * down + 0.9)
+    figure = new_figure(2.7 * across + 0.6, 2.1 * down + 0.9)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     band = simultaneous_band(result.replications, result.draws)
     for panel, j in zip(panels, worst, strict=False):
-        _draw_ranks(panel, result, int(j), band)
+        draw_ranks(panel, result, int(j), band)
     _draw_coverage(panels[len(worst)], result)
     for panel in panels[len(worst) + 1 :]:
         panel.axis("off")
     left_out = "" if len(worst) == len(result.columns) else f" (worst {len(worst)} of {len(result.columns)})"
     figure.supxlabel("rank of the truth among the draws, as a share", fontsize=9, color=MUTED)
     figure.supylabel(f"share of ranks below, minus expected{left_out}", fontsize=9, color=MUTED)
-    _save(figure, path, result.verdict)
+    save_figure(figure, path, result.verdict)
 
 
 def most_correlated(values: Float64[np.ndarray, "n p"], count: int) -> list[int]:
@@ -163,7 +163,7 @@ def _draw_trace(panel: "Axes", trace: Trace) -> None:
     steps, elbo = np.asarray(trace.steps, float), np.asarray(trace.elbo, float)
     finite = np.isfinite(elbo)
     steps, elbo = steps[finite], elbo[finite]
-    _tidy(panel)
+    tidy(panel)
     panel.set_xlabel("step", fontsize=8, color=MUTED)
     panel.set_title("ELBO in training", fontsize=9.5, color=INK, loc="left", fontweight="bold")
     if len(elbo) < 2:
@@ -186,12 +186,12 @@ def _draw_trace(panel: "Axes", trace: Trace) -> None:
     panel.set_title(last, fontsize=8, color=MUTED, loc="right")
 
 
-def _draw_marginal(panel: "Axes", name: str, column: np.ndarray, truth: np.ndarray | None) -> None:
+def draw_marginal(panel: "Axes", name: str, column: np.ndarray, truth: np.ndarray | None) -> None:
     x = column[np.isfinite(column)]
-    _tidy(panel)
+    tidy(panel)
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
-    panel.set_title(_short(name), fontsize=8.5, color=INK, loc="left", parse_math=False, pad=3)
+    panel.set_title(shortened(name), fontsize=8.5, color=INK, loc="left", parse_math=False, pad=3)
     if len(x) < 2 or np.ptp(x) == 0:
         said = f"always {x[0]:.4g}" if len(x) else "not finite"
         panel.text(0.5, 0.4, said, transform=panel.transAxes, ha="center", color=MUTED, fontsize=8)
@@ -226,7 +226,7 @@ def _draw_pairs(area: Any, names: list[str], values: np.ndarray) -> None:
                 panel.axis("off")
                 continue
             across, up = column, row + 1
-            _tidy(panel)
+            tidy(panel)
             panel.set_box_aspect(1)
             panel.scatter(points[:, across], points[:, up], s=4, color=BLUE, alpha=0.18, linewidth=0, rasterized=True)
             panel.set_xlim(limits[0, across] - margin[across], limits[1, across] + margin[across])
@@ -238,20 +238,20 @@ def _draw_pairs(area: Any, names: list[str], values: np.ndarray) -> None:
             for axis in (panel.xaxis, panel.yaxis):
                 axis.get_offset_text().set(fontsize=7, color=MUTED)
             if row == size - 1:
-                panel.set_xlabel(_short(names[across], 18), fontsize=8, color=INK, parse_math=False)
+                panel.set_xlabel(shortened(names[across], 18), fontsize=8, color=INK, parse_math=False)
             if column == 0:
-                panel.set_ylabel(_short(names[up], 18), fontsize=8, color=INK, parse_math=False)
+                panel.set_ylabel(shortened(names[up], 18), fontsize=8, color=INK, parse_math=False)
 
 
-def _draw_ranks(panel: "Axes", result: SbcResult, j: int, band: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def draw_ranks(panel: "Axes", result: SbcResult, j: int, band: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     points, lower, upper = band
     below = np.bincount(result.ranks[:, j], minlength=result.draws + 1).cumsum()[:-1] / result.replications
     fails = result.p_values[j] < FALSE_ALARM
-    _tidy(panel)
+    tidy(panel)
     panel.fill_between(points, lower - points, upper - points, color=GRID, linewidth=0, step="mid")
     panel.axhline(0, color=MUTED, linewidth=0.6)
     panel.step(points, below - points, color=RED if fails else BLUE, linewidth=1.4, where="mid")
-    panel.set_title(_short(result.columns[j], 20), fontsize=8.5, color=INK, loc="left", parse_math=False, pad=3)
+    panel.set_title(shortened(result.columns[j], 20), fontsize=8.5, color=INK, loc="left", parse_math=False, pad=3)
     panel.set_title(f"p = {result.p_values[j]:.2g}", fontsize=8, color=RED if fails else MUTED, loc="right", pad=3)
     panel.set_xlim(0, 1)
     panel.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -259,7 +259,7 @@ def _draw_ranks(panel: "Axes", result: SbcResult, j: int, band: tuple[np.ndarray
 
 
 def _draw_coverage(panel: "Axes", result: SbcResult) -> None:
-    _tidy(panel)
+    tidy(panel)
     panel.set_title("Truths inside the interval of", fontsize=8.5, color=INK, loc="left", pad=3)
     fails = result.p_values < FALSE_ALARM
     aside = np.linspace(-0.2, 0.2, len(fails)) if len(fails) > 1 else np.zeros(1)
@@ -274,7 +274,7 @@ def _draw_coverage(panel: "Axes", result: SbcResult) -> None:
     panel.set_ylim(min(0.35, lowest - 0.05), 1.03)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -283,7 +283,7 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _tidy(panel: "Axes") -> None:
+def tidy(panel: "Axes") -> None:
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -292,11 +292,11 @@ def _tidy(panel: "Axes") -> None:
     panel.tick_params(labelsize=7.5, colors=MUTED, width=0.6, length=2.5)
 
 
-def _heading(area: Any, text: str) -> None:
+def heading(area: Any, text: str) -> None:
     area.suptitle(text, fontsize=9.5, color=INK, x=0.004, ha="left", fontweight="bold")
 
 
-def _short(name: str, limit: int = _NAME) -> str:
+def shortened(name: str, limit: int = _NAME) -> str:
     """A long name with its middle left out: the end often tells parameters apart."""
     return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[len(name) - (limit - limit // 2) :]}"
 
@@ -308,7 +308,7 @@ def _number(value: float, range_: float) -> str:
     return f"{value:z.{max(0, 1 - math.floor(math.log10(range_)))}f}"
 
 
-def _save(figure: "Figure", path: Path, title: str) -> None:
+def save_figure(figure: "Figure", path: Path, title: str) -> None:
     check_plot_path(path, force=True)
     if title:
         letters = int(figure.get_figwidth() / 0.088)  # of the title's size, on average

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.evaluation.verdict import KHAT_BAD, KHAT_GOOD, WORDS, Level, Verdict
+from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.amortised_draws import RowDraws
 from hsivi_cli.targets.encoder_check import EncoderCheck
 
@@ -186,10 +186,3 @@ def outside(beyond: Float[Tensor, " B"]) -> str:
         f"{_some(farthest, len(beyond))} outside of the range that training has seen, the first by "
         f"{float(beyond.max()):.3g} standard deviations: the encoder extrapolates there"
     )
-
-
-def count_by_khat(rows: list[RowDraws]) -> tuple[int, int, int]:
-    """How many observations the encoder serves well, passably, and not."""
-    khats = [row.khat for row in rows if not math.isnan(row.khat)]
-    good, usable = sum(k <= KHAT_GOOD for k in khats), sum(KHAT_GOOD < k <= KHAT_BAD for k in khats)
-    return good, usable, len(khats) - good - usable

@@ -6,6 +6,7 @@ A draw and its density are one pass; densities of other points, which need T's i
 heads are those of `vae`, and T starts near the identity, so that the start is a VAE's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -132,6 +133,23 @@ def _noise(state: State, rows: int, k: int, generator: torch.Generator) -> Float
     return noise.to(state.parameters[0].device)
 
 
+def sampled_draws(
+    state: State, x: Float[Tensor, "n D"], k: int, some: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> LatentDraws:
+    """k draws a row of a posterior whose moments have no closed form: those of the draws, or of 64 where k is less.
+
+    `some(rows, many)` gives draws (many, n, d) and their log densities (many, n).
+    """
+    rows, many, parts = latent_training.as_rows(state, x), max(k, FEWEST_DRAWS), []
+    for part in rows.split(max(1, DRAWS_AT_ONCE // many)):
+        z, log_q = some(part, many)
+        # rounding of float32 in the moments, not in the weights
+        parts.append((z[:k], log_joint(state.model, part, z[:k]) - log_q[:k].double(), z.mean(0), z.std(0)))
+    z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+    return LatentDraws(z, log_weight, mean, sd)
+
+
 @dataclass(frozen=True)
 class FlowPosterior:
     """`q(z | x)` of the flow (LatentPosterior)."""
@@ -141,17 +159,12 @@ class FlowPosterior:
     @torch.no_grad()
     def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
         """k draws a row with their unbiased weights; mean and sd are of those draws, or of 64 where k is less."""
-        state = self.state
-        rows = latent_training.as_rows(state, x)
-        many = max(k, FEWEST_DRAWS)
-        parts = []
-        for part in rows.split(max(1, DRAWS_AT_ONCE // many)):
-            z, log_q = state.encoder(part, _noise(state, len(part), many, generator))
-            # rounding of float32 in the moments, not in the weights
-            parts.append((z[:k], log_joint(state.model, part, z[:k]) - log_q[:k].double(), z.mean(0), z.std(0)))
-        z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
-        return LatentDraws(z, log_weight, mean, sd)
+
+        def some(part: Tensor, many: int) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.state.encoder(part, _noise(self.state, len(part), many, generator))
+            return found
+
+        return sampled_draws(self.state, x, k, some)
 
 
 def posterior(state: State) -> FlowPosterior:

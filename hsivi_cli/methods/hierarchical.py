@@ -22,13 +22,12 @@ from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.methods import latent_training
-from hsivi_cli.methods.flow_posterior import DRAWS_AT_ONCE, FEWEST_DRAWS
+from hsivi_cli.methods.flow_posterior import sampled_draws
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
     descend,
     gaussian_log_prob,
-    log_joint,
     make_state,
     warmed,
 )
@@ -156,16 +155,12 @@ class HierarchicalPosterior:
     @torch.no_grad()
     def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
         """k draws a row, weights with the exact auxiliary ratio; mean and sd of the draws, or of 64 where k is less."""
-        state = self.state
-        rows = latent_training.as_rows(state, x)
-        many = max(k, FEWEST_DRAWS)
-        parts = []
-        for part in rows.split(max(1, DRAWS_AT_ONCE // many)):
-            z, log_q = state.encoder(part, *_noise(state, len(part), many, generator))
-            parts.append((z[:k], log_joint(state.model, part, z[:k]) - log_q[:k].double(), z.mean(0), z.std(0)))
-        z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-        mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
-        return LatentDraws(z, log_weight, mean, sd)
+
+        def some(part: Tensor, many: int) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.state.encoder(part, *_noise(self.state, len(part), many, generator))
+            return found
+
+        return sampled_draws(self.state, x, k, some)
 
 
 def posterior(state: State) -> HierarchicalPosterior:

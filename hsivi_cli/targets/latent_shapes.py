@@ -5,6 +5,7 @@ density estimates of them. The interface is `latent_priors.LatentPrior`.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ def as_default(z: Tensor) -> Tensor:
     return z.to(torch.get_default_dtype())
 
 
-class Classed:
+class Classed(ABC):
     """Priors that are the equal mixture of their classes."""
 
     name: str
@@ -39,11 +40,13 @@ class Classed:
         """Log density of the equal mixture."""
         return self.log_prob_class(z).logsumexp(-1) - math.log(self.classes)
 
+    @abstractmethod
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
+        """A draw of each class in k."""
 
+    @abstractmethod
     def log_prob_class(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Log density of every class, in a last dimension."""
 
 
 class Pinwheel(Classed):

@@ -12,13 +12,13 @@ from hsivi_cli.evaluation.calibration import judge_ranks
 from hsivi_cli.evaluation.posterior_plot import (
     Trace,
     _number,
-    _short,
     _shown,
     check_plot_path,
     density_curve,
     most_correlated,
     plot_fit,
     plot_sbc,
+    shortened,
 )
 
 RNG = np.random.default_rng(0)
@@ -126,9 +126,9 @@ def test_density_curves_are_densities(scale):
 
 
 def test_names_and_numbers_stay_short():
-    assert _short("beta[1]") == "beta[1]"
-    assert len(_short("scale(log(a_long_covariate))[17]")) == 26
-    assert _short("scale(log(a_long_covariate))[17]").endswith("[17]")
+    assert shortened("beta[1]") == "beta[1]"
+    assert len(shortened("scale(log(a_long_covariate))[17]")) == 26
+    assert shortened("scale(log(a_long_covariate))[17]").endswith("[17]")
     assert [_number(v, 20.0) for v in (14.9, -0.01)] == ["15", "0"]
     assert [_number(v, 0.2) for v in (0.512, 0.6)] == ["0.51", "0.60"]
     assert _number(1.234e-7, 1e-7) == "1.2e-07"

@@ -11,7 +11,7 @@ import torch
 from hsivi_cli.evaluation.amortised_calibration import calibrate_draws, coverage_curve, density_ranks
 from hsivi_cli.evaluation.verdict import Verdict, Weights, judge
 from hsivi_cli.methods.amortised_draws import RowDraws
-from hsivi_cli.methods.amortised_report import count_by_khat, outside, report_on_rows
+from hsivi_cli.methods.amortised_report import outside, report_on_rows
 from hsivi_cli.targets.encoder_check import EncoderCheck
 
 N = 40
@@ -108,7 +108,3 @@ def test_observations_outside_of_the_range_are_named_and_unchecked_ones_far_out_
     unchecked = replace(row(0.2, "encoder"), verdict=None)
     assert report([unchecked] * 3, beyond=beyond, inherited=("", None)).verdict.level == "no"
     assert report([unchecked] * 3, beyond=beyond.clamp_max(0.5), inherited=("", None)).verdict.level == "care"
-
-
-def test_counts_by_khat():
-    assert count_by_khat([row(0.1), row(0.6), row(0.8), row(math.nan)]) == (1, 1, 1)

@@ -358,14 +358,13 @@ from torch.distributions import Normal
 from hsivi_cli import Model, Parameter
 
 def model(data):
-    observed = torch.tensor(data[["x", "y"]].iloc[0].to_numpy(), dtype=torch.float64)
     return Model(
         parameters=[Parameter("mu", (2,))],
         log_prior=lambda p: Normal(0, 1).log_prob(p.mu).sum(),
         log_likelihood=lambda p, y: Normal(p.mu, 0.5).log_prob(y).sum(),
         simulate=lambda p, generator: {simulate},
         sample_prior=lambda generator: {{"mu": Normal(0, 1).sample((2,))}},
-        observed=observed,
+        observed=torch.tensor(data[["x", "y"]].iloc[0].to_numpy(), dtype=torch.float64),
     )
 """
 TABLE = pd.DataFrame(OBSERVED.numpy(), columns=["x", "y"])
