@@ -18,7 +18,7 @@ from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
-from hsivi_cli.methods.latent_training import TrainingConfig, gaussian_draws, make_state
+from hsivi_cli.methods.latent_training import TrainingConfig, begin_step, gaussian_draws, make_state
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.decoders import MlpDecoder
 from hsivi_cli.networks.random_function import RandomEncoder
@@ -74,7 +74,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """The three phases on a minibatch of rows; labels, where there are any, are left aside."""
     config = state.config
-    state.step += 1
+    begin_step(state)
     x = _as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     rate = LearningRate(config.lr, 1, config.schedule).at(min(state.step, config.steps), config.steps)
     log_likelihood = state.model.log_likelihood(x, encode(state, x, generator)).mean()

@@ -20,7 +20,7 @@ from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.methods import latent_training
-from hsivi_cli.methods.latent_training import State, TrainingConfig, descend, log_joint, make_state, warmed
+from hsivi_cli.methods.latent_training import State, TrainingConfig, begin_step, descend, log_joint, make_state, warmed
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
 from hsivi_cli.objectives.vae_bounds import importance_weighted_bound
@@ -113,7 +113,7 @@ def build_flow(config: Config, features: int, dim: int) -> nn.Module:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     z, log_q = state.encoder(x, _noise(state, len(x), config.samples, generator))
     if config.objective == "iwae":

@@ -20,6 +20,7 @@ from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     bound_terms,
     descend,
     gaussian_draws,
@@ -80,7 +81,7 @@ def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.G
     the marginal that draws come from. `novelty` is the mean of v over the variance of q(z | x, f, g).
     """
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     at = state.encoder(x)
     warm = state.step <= config.warm_start

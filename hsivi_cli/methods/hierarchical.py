@@ -26,6 +26,7 @@ from hsivi_cli.methods.flow_posterior import sampled_draws
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     descend,
     gaussian_log_prob,
     make_state,
@@ -122,7 +123,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     z, log_q = state.encoder(x, *_noise(state, len(x), config.samples, generator))
     log_likelihood = state.model.log_likelihood(x, z).mean()

@@ -26,7 +26,7 @@ from hsivi_cli.evaluation.latent_metrics import (
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
-from hsivi_cli.methods.latent_registry import MANY_MODES, PAPER
+from hsivi_cli.methods.latent_registry import MANY_MODES, PAPER, THIN
 
 MOST_TEST, MOST_JUDGED, KHAT_DRAWS = 2000, 50, 500
 """Rows held out that the likelihood is estimated on, those whose weights are judged, and draws of each of those."""
@@ -137,7 +137,7 @@ def score_map(trained: Trained, prepared: Prepared, latents: Latents, seed: int)
     there are classes; where a method has seen labels, of the rows held out alone.
     """
     scores: dict[str, float] = {}
-    thin, classes = prepared.model.background > 0, len(prepared.names)
+    thin, classes = prepared.model.prior in THIN and not prepared.model.clusters, len(prepared.names)
     classified = prepared.colors is not None and 2 <= classes <= min(MOST_CLASSES, len(prepared.rows) // 5)
     if not thin and not classified:
         return scores

@@ -38,8 +38,8 @@ NUMBERS_AT_ONCE = 20_000_000
 class TrainingConfig:
     """Plain JSON fields. The trunk is `hidden` layers and `features` wide at its end; with `shape` it is convolutional.
 
-    `lr` decays by `schedule` over `steps`; over `kl_warmup` steps the prior's KL gets its weight; a row has `samples`
-    draws.
+    `lr` decays by `schedule` over `steps`; over `kl_warmup` steps the prior's KL gets its weight, and over the share
+    `narrow` of the steps a thin prior becomes itself (`targets/latent_priors.Narrowing`); a row has `samples` draws.
     """
 
     steps: int = 5000
@@ -52,6 +52,7 @@ class TrainingConfig:
     shape: tuple[int, int, int] | None = None
     normalise: Normalise = "layer"
     kl_warmup: int = 0
+    narrow: float = 0.5
     samples: int = 1
     freeze_decoder: bool = False
 
@@ -136,6 +137,13 @@ def bound_terms(
 def warmed(config: TrainingConfig, step: int) -> float:
     """The weight of the prior's KL in this step."""
     return min(1.0, step / config.kl_warmup) if config.kl_warmup else 1.0
+
+
+def begin_step(state: Any) -> None:
+    """Count the step, and bring a thin prior as far as it should be by now."""
+    state.step += 1
+    narrow = state.config.narrow * state.config.steps
+    state.model.narrow(state.step / narrow if narrow > 0 else 1.0)
 
 
 def descend(state: State, loss: Tensor) -> float:

@@ -18,6 +18,7 @@ from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     bound_terms,
     decay_weights,
     descend,
@@ -78,7 +79,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     at = state.encoder(x, _mask(state, len(x), generator))
     if config.objective == "iwae":

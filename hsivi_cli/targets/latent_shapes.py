@@ -59,10 +59,10 @@ class Pinwheel(Classed):
     """
 
     name, dim = "pinwheel", 2
-    radius, radial, across, twist = 1.0, 0.15, 0.005, 0.25
+    radius, radial, twist = 1.0, 0.15, 0.25
 
-    def __init__(self, arms: int = 10) -> None:
-        self.classes = arms
+    def __init__(self, arms: int = 10, width: float = 0.0) -> None:
+        self.classes, self.across = arms, max(0.005, width)
 
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each arm."""
@@ -128,9 +128,9 @@ class SwissRoll(Classed):
     each class with nodes closer than the noise is wide.
     """
 
-    name, classes = "swiss-roll", 10
+    name, classes, own = "swiss-roll", 10, 0.1
 
-    def __init__(self, dim: int = 2, noise: float = 0.1, nodes: int = 0) -> None:
+    def __init__(self, dim: int = 2, noise: float = own, nodes: int = 0) -> None:
         self.dim, self.noise = dim, noise
         # a class is 2.1 long; the middle nodes of n are pi / 2 times as far apart as the average
         nodes = nodes or math.ceil(2.1 * math.pi / 2 / (0.8 * noise))
@@ -174,8 +174,8 @@ class Square:
 
     name = "square"
 
-    def __init__(self, dim: int = 2, level: float = 3.0, along: float = 0.01) -> None:
-        self.dim, self.across, self.along = dim, level / 50, along
+    def __init__(self, dim: int = 2, level: float = 3.0, along: float = 0.01, width: float = 0.0) -> None:
+        self.dim, self.across, self.along = dim, max(level / 50, width), max(along, width)
         self.classes = 10 if dim == 2 else 1
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -246,10 +246,11 @@ class Petals(Classed):
     """Ten Gaussians on a circle of radius 1.4, with standard deviations .5 outwards and .1 across."""
 
     name, dim = "mixture", 2
-    shift, outwards, across = 1.4, 0.5, 0.1
+    shift = 1.4
 
-    def __init__(self, petals: int = 10) -> None:
+    def __init__(self, petals: int = 10, width: float = 0.0) -> None:
         self.classes = petals
+        self.outwards, self.across = math.hypot(0.5, width), math.hypot(0.1, width)
 
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each petal."""
