@@ -188,6 +188,54 @@ def test_the_pinwheels_roots_are_solutions():
     assert (own == 3).all()
 
 
+def bisected(prior: Pinwheel, z: torch.Tensor) -> torch.Tensor:
+    """f1 of each arm, (n, K), by bisections alone: of the beginning of the rising stretch, then of the root on it."""
+    turn = 2 * math.pi * torch.arange(prior.classes, dtype=DOUBLE) / prior.classes
+    r = z.norm(dim=-1, keepdim=True)
+
+    def rise(phi):
+        return phi - prior.twist * (r * phi.cos()).exp()
+
+    low = -torch.acos(2 * r / (1 + (1 + 4 * r.square()).sqrt()))
+    high = torch.zeros_like(low)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        rising = 1 + prior.twist * (r * middle.cos()).exp() * r * middle.sin() > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    target = rise(high) + torch.remainder(torch.atan2(z[:, 1:], z[:, :1]) + turn - rise(high), 2 * math.pi)
+    low, high = high.expand_as(target), (high + 2 * math.pi).expand_as(target)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = rise(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return r * low.cos()
+
+
+def test_the_pinwheels_roots_are_those_of_bisections_however_far():
+    prior = Pinwheel()
+    r, angle = torch.rand(2, 20_000, 1, generator=generator(5), dtype=DOUBLE) * torch.tensor([[[5.0]], [[2 * math.pi]]])
+    for z in (torch.cat((r * angle.cos(), r * angle.sin()), -1), prior.sample(5000, generator(6)).double()):
+        turn = 2 * math.pi * torch.arange(10, dtype=DOUBLE) / 10
+        wanted, found = bisected(prior, z), prior._roots(z, turn)
+        assert float((found - wanted).abs().max()) < 1e-11
+        assert float((found - wanted).abs()[z.norm(dim=-1) < 1.6].max()) < 1e-13
+    far = (1e3 * torch.ones(3, 2, dtype=DOUBLE)).requires_grad_()
+    assert torch.isfinite(torch.autograd.grad(prior.log_prob(far).sum(), far)[0]).all()
+
+
+@pytest.mark.parametrize("prior", [Pinwheel(), SwissRoll(3)], ids=["pinwheel", "swiss-roll"])
+def test_gradients_of_each_class_can_be_differentiated_again(prior):
+    """As semi-amortised training does, which differentiates through steps along the gradient."""
+    z = (prior.sample(6, generator()).double() + 0.02).requires_grad_()
+    weight = torch.randn(prior.classes, generator=generator(1), dtype=DOUBLE)
+
+    def mixed(z):
+        return (prior.log_prob_class(z) * weight).sum(-1) / 1e3
+
+    assert torch.autograd.gradcheck(mixed, z, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(mixed, z, atol=1e-4, rtol=1e-4)
+
+
 def test_the_rolls_quadrature_has_converged():
     z = SwissRoll().sample(300, generator()).double()
     z = torch.cat((z, z + 0.2))
