@@ -108,13 +108,13 @@ class AdversarialPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k codes a row; `log_weight` is None where the encoder has no density."""
         state = self.state
         x = _as_rows(state, x)
         at = state.encoder(x)
         if state.config.noise == "gaussian":
-            return gaussian_draws(state.model, x, at.mean, at.log_sd.exp(), k, generator)
+            return gaussian_draws(state.model, x, at.mean, at.log_sd.exp(), k, generator, weigh)
         return LatentDraws(at.mean.expand(k, -1, -1).clone(), None, at.mean, torch.zeros_like(at.mean))
 
 

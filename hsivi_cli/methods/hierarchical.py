@@ -154,14 +154,14 @@ class HierarchicalPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
-        """k draws a row, weights with the exact auxiliary ratio; mean and sd of the draws, or of 64 where k is less."""
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
+        """k draws a row, weights with the exact auxiliary ratio."""
 
-        def some(part: Tensor, many: int) -> tuple[Tensor, Tensor]:
-            found: tuple[Tensor, Tensor] = self.state.encoder(part, *_noise(self.state, len(part), many, generator))
+        def some(part: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.state.encoder(part, *_noise(self.state, len(part), k, generator))
             return found
 
-        return sampled_draws(self.state, x, k, some)
+        return sampled_draws(self.state, x, k, weigh, some)
 
 
 def posterior(state: State) -> HierarchicalPosterior:

@@ -185,7 +185,7 @@ def latents_of(
     clustered = model.prior.classes > 1
     parts: list[tuple[Tensor | None, ...]] = []
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
-        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index))
+        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
         novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
         parts.append((found.mean, found.sd, found.z[:draws] if draws else None, cluster, novelty))

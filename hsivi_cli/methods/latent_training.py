@@ -181,11 +181,19 @@ def log_joint(model: LatentModel, x: Float[Tensor, "n D"], z: Float[Tensor, "k n
 
 
 def gaussian_draws(
-    model: LatentModel, x: Float[Tensor, "n D"], mean: Tensor, sd: Tensor, k: int, generator: torch.Generator
+    model: LatentModel,
+    x: Float[Tensor, "n D"],
+    mean: Tensor,
+    sd: Tensor,
+    k: int,
+    generator: torch.Generator,
+    weigh: bool = True,
 ) -> LatentDraws:
     """k draws a row of `N(mean, sd^2)`, weighed by that same density."""
     noise = torch.randn(k, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
     z = mean + sd * noise
+    if not weigh:
+        return LatentDraws(z, None, mean, sd)
     log_q = gaussian_log_prob(z.double(), mean.double(), sd.double())
     return LatentDraws(z, log_joint(model, x, z) - log_q, mean, sd)
 

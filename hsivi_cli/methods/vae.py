@@ -164,12 +164,12 @@ class GaussianPosterior:
         mean, log_sd = refine(row_bound(state.model, x, svi.samples, generator), at.mean, at.log_sd, svi)
         return Moments(mean, log_sd, at.v, at.s)
 
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row with their unbiased weights `p(x, z) / q(z | x)`."""
         at = self.moments(x, generator)
         x = latent_training.as_rows(self.state, x)
         with torch.no_grad():
-            return gaussian_draws(self.state.model, x, at.mean, at.log_sd.exp(), k, generator)
+            return gaussian_draws(self.state.model, x, at.mean, at.log_sd.exp(), k, generator, weigh)
 
 
 def posterior(state: State) -> GaussianPosterior:
