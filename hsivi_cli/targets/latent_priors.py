@@ -164,7 +164,7 @@ class Narrowing:
         widest, own = WIDEST[name]
         widths = [widest * (own / widest) ** (level / (LEVELS - 1)) for level in range(LEVELS)]
         self._levels = [*(_shape(name, dim, width) for width in widths), self.exact]
-        self._now = self.exact
+        self._now: LatentPrior = self.exact
         self.name, self.dim, self.classes = self.exact.name, self.exact.dim, self.exact.classes
 
     def approach(self, share: float) -> None:
