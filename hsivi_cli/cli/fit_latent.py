@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained
     from hsivi_cli.methods.latent_registry import LatentOptions
     from hsivi_cli.methods.latent_report import LatentReport
+    from hsivi_cli.targets.latent import LatentModel
 
 LATENT = "latent"
 """The word that `--model` takes in place of a file; a file of that name is ./latent."""
@@ -97,7 +98,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)
             latents = in_order(found, prepared.order)
     if wanted.plot is not None and latents is not None:
-        _plot(wanted.plot, latents, prepared, settings)
+        _plot(wanted.plot, latents, prepared, settings, fits[0].model)
     stream = None
     if destination is not None and latents is not None:
         asked = latents if wanted.draws else replace(latents, draws=None)
@@ -175,22 +176,25 @@ def _compared(reports: "list[LatentReport]") -> dict[str, Any]:
     return {"compared": [report.to_json() for report in reports]} if len(reports) > 1 else {}
 
 
-def _plot(path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions") -> None:
+def _plot(
+    path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions", model: "LatentModel"
+) -> None:
     from hsivi_cli.evaluation.latent_plot import plot_map
     from hsivi_cli.methods.latent_registry import MANY_MODES
-    from hsivi_cli.methods.latent_scores import map_points
+    from hsivi_cli.methods.latent_scores import cluster_circles, map_points
 
     other, column = prepared.rows.other, settings.color_by or settings.labels or settings.group_by
     group = settings.group_by or (settings.labels if settings.color_by else None)
     colour = other[column].to_numpy() if other is not None and column else None
     groups = other[group].to_numpy() if other is not None and group and group != column else None
-    model = prepared.model
-    prior = f"{model.clusters} clusters" if model.clusters else f"prior {model.prior}"
+    config = prepared.model
+    circles = cluster_circles(model.prior)
+    drawn = " (circles: two sds)" if circles is not None else ""
+    prior = f"{config.clusters} clusters{drawn}" if config.clusters else f"prior {config.prior}"
     each = ", a draw of each" if settings.method in MANY_MODES else ""
     title = f"{settings.method}: {len(latents.mean)} rows{each}, {prior}"
-    plot_map(
-        path, map_points(settings.method, latents).double().numpy(), colour, column or "", groups=groups, title=title
-    )
+    points = map_points(settings.method, latents).double().numpy()
+    plot_map(path, points, colour, column or "", groups=groups, circles=circles, title=title)
     console.story(f"map: {path}")
 
 

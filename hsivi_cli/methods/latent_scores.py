@@ -1,5 +1,8 @@
 """What a map of latents is worth against the classes of its rows, and latents against a thin prior."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,12 +19,13 @@ from hsivi_cli.evaluation.latent_metrics import (
 )
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
 from hsivi_cli.methods.latent_registry import MANY_MODES
+from hsivi_cli.targets.latent_priors import ClusterPrior
 
 MOST_SCORED, MOST_CLASSES, PRIOR_DRAWS = 5000, 100, 5000
 """Rows trained on that a map is scored with, classes scored, points of an NLL."""
 PRIOR, KMEANS, MIXTURE = "prior", "k-means", "mixture"
 """Where clusters come from: parts of the prior, or of the latents by k-means or a Gaussian mixture (the study's)."""
-KMEANS_STARTS = 5
+KMEANS_STARTS, CIRCLE = 5, 2.0
 
 
 def score_map(
@@ -66,6 +70,14 @@ def score_map(
 def map_points(name: str, latents: Latents) -> Float[Tensor, "n d"]:
     """Where rows lie on the map: their means, or a draw of each where posteriors may have several modes."""
     return latents.draws[0] if name in MANY_MODES and latents.draws is not None else latents.mean
+
+
+def cluster_circles(prior: Any) -> Float[np.ndarray, "K 3"] | None:
+    """Centre and radius, of two standard deviations, of each cluster in two latents; None for another prior."""
+    if not isinstance(prior, ClusterPrior) or prior.dim != 2 or not prior.placed:
+        return None
+    found = torch.cat([prior.heads, CIRCLE * prior.log_scale.exp()[:, None]], 1)
+    return found.detach().double().cpu().numpy()
 
 
 def _clusters(
