@@ -166,6 +166,7 @@ def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> Non
 
     model = prepared.model
     prior = f"{model.clusters} clusters" if model.clusters else model.prior
+    prior = "normal" if name == "pca" else prior
     console.story(
         f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
         f"{model.latent} latents, prior {prior}"
