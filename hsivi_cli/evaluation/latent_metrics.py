@@ -35,7 +35,7 @@ LogJoint = Callable[[Tensor, Tensor], Tensor]
 class Posterior(Protocol):
     """What is judged."""
 
-    def draw(self, x: Tensor, k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Tensor, k: int, generator: torch.Generator, weigh: bool = ...) -> LatentDraws:
         """k weighted draws a row."""
 
 

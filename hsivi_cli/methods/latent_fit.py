@@ -178,7 +178,7 @@ def train(
 def place_clusters(prior: ClusterPrior, posterior: Any, rows: Float[Tensor, "n D"], seed: int) -> None:
     """Fit the clusters to a draw of each of some of the rows."""
     chosen = torch.randperm(len(rows), generator=generator(seed, Stream.INIT, 8))[:PLACED_ON]
-    drawn: LatentDraws = posterior.draw(rows[chosen], 1, generator(seed, Stream.INIT, 9))
+    drawn: LatentDraws = posterior.draw(rows[chosen], 1, generator(seed, Stream.INIT, 9), False)
     prior.place(drawn.z[0], seed)
 
 
@@ -210,7 +210,7 @@ def latents_of(
     clustered = model.prior.classes > 1
     parts: list[tuple[Tensor | None, ...]] = []
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
-        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index))
+        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
         novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
         parts.append((found.mean, found.sd, found.z[:draws] if draws else None, cluster, novelty))

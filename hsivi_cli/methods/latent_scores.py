@@ -18,7 +18,7 @@ from hsivi_cli.evaluation.latent_metrics import (
     mixture_clusters,
 )
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
-from hsivi_cli.methods.latent_registry import MANY_MODES
+from hsivi_cli.methods.latent_registry import MANY_MODES, THIN
 from hsivi_cli.targets.latent_priors import ClusterPrior
 
 MOST_SCORED, MOST_CLASSES, PRIOR_DRAWS = 5000, 100, 5000
@@ -38,7 +38,7 @@ def score_map(
     classes. They are of the rows trained on and held out; where a method has seen labels, of the latter alone.
     """
     scores: dict[str, float] = {}
-    thin, classes = prepared.model.background > 0, len(prepared.names)
+    thin, classes = prepared.model.prior in THIN and not prepared.model.clusters, len(prepared.names)
     classified = prepared.colors is not None and 2 <= classes <= min(MOST_CLASSES, len(prepared.rows) // 5)
     if not thin and not classified:
         return scores, {}

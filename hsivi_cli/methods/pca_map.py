@@ -144,7 +144,7 @@ class PcaPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row, float64."""
         state, parts = self.state, []
         for part in _blocks(x, state.weight.shape[1] * (state.weight.shape[1] + k)):
@@ -155,7 +155,7 @@ class PcaPosterior:
         z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
         comparable = state.task.model.likelihood.name == "gaussian"
-        return LatentDraws(z, log_weight if comparable else None, mean, sd)
+        return LatentDraws(z, log_weight if comparable and weigh else None, mean, sd)
 
 
 def posterior(state: State) -> PcaPosterior:

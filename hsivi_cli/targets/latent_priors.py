@@ -18,6 +18,9 @@ PLACED_ON, PLACE_STARTS = 10_000, 10
 """Latents that clusters are placed on, and runs of EM of which the best is kept."""
 NARROWEST = 1e-4
 """Variance added to each cluster's: latents of an encoder without noise may coincide."""
+WIDEST = {"pinwheel": (0.25, 0.005), "swiss-roll": (0.7, 0.1), "square": (0.5, 0.03), "mixture": (0.5, 0.05)}
+"""Of a thin prior's brush: where training begins (wider, the pinwheel's arms would fold over), and the finest."""
+LEVELS = 24
 
 
 class LatentPrior(Protocol):
@@ -151,61 +154,60 @@ class ClusterPrior(nn.Module):
         return (self.log_prob_class(z) + self.log_weights).logsumexp(-1)
 
 
-class WithBackground:
-    """`(1 - share) p(z) + share N(0, I)`: thin priors fall by thousands of nats within the first steps' reach."""
+class Narrowing:
+    """A thin prior that training approaches from a broad one: the same shape drawn with an ever finer brush.
 
-    def __init__(self, prior: LatentPrior, share: float) -> None:
-        self.inner, self.share = prior, share
-        self.name, self.dim, self.classes = prior.name, prior.dim, prior.classes
-        self._broad = Normal(prior.dim)
+    Off a thin shape the density falls by thousands of nats within a few deviations: rows that do not begin on it never
+    come to it. `approach` chooses how wide the brush is, geometrically from `WIDEST` down to the shape's own; each
+    width is an exact density with its sampler. As made, and after training, it is the shape itself.
+    """
+
+    def __init__(self, name: str, dim: int) -> None:
+        self.exact = _shape(name, dim, 0.0)
+        widest, own = WIDEST[name]
+        widths = [widest * (own / widest) ** (level / (LEVELS - 1)) for level in range(LEVELS)]
+        self._levels = [*(_shape(name, dim, width) for width in widths), self.exact]
+        self._now = self.exact
+        self.name, self.dim, self.classes = self.exact.name, self.exact.dim, self.exact.classes
+
+    def approach(self, share: float) -> None:
+        """The brush at that share of the way, 0 the widest and 1 the shape's own."""
+        self._now = self._levels[min(int(max(share, 0.0) * LEVELS), LEVELS)]
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws."""
-        return self._replace(self.inner.sample(n, generator), generator)
+        return self._now.sample(n, generator)
 
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw of each class, of which the background is a part."""
-        return self._replace(self.inner.sample_class(k, generator), generator)
+        """A draw of each class."""
+        return self._now.sample_class(k, generator)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log density of the mixture."""
-        return self._mix(self.inner.log_prob(z), self._broad.log_prob(z))
+        """Log density."""
+        return self._now.log_prob(z)
 
     def log_prob_class(self, z: Tensor) -> Tensor:
         """Log density of each class."""
-        return self._mix(self.inner.log_prob_class(z), self._broad.log_prob_class(z))
-
-    def _mix(self, log_thin: Tensor, log_broad: Tensor) -> Tensor:
-        return torch.logaddexp(log_thin + math.log1p(-self.share), log_broad + math.log(self.share))
-
-    def _replace(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        broad = self._broad.sample(len(z), generator)
-        chosen = torch.rand(len(z), 1, generator=generator, device=generator.device) < self.share
-        return torch.where(chosen, broad, z)
+        return self._now.log_prob_class(z)
 
 
-def make_prior(name: str, dim: int, background: float = 0.0) -> LatentPrior:
-    """The prior of that name in `dim` dimensions, `background` of it a N(0, I) (see WithBackground).
+def make_prior(name: str, dim: int) -> LatentPrior:
+    """The prior of that name in `dim` dimensions; thin shapes can be approached from broad ones (`Narrowing`).
 
     Raises InputError for a name there is not, and for dimensions the prior does not have.
     """
     if name not in PRIORS:
         raise InputError(f'there is no prior "{name}": choose {", ".join(PRIORS)}, or give --clusters')
-    if not 0 <= background < 1:
-        raise InputError(f"the background of a prior is a share from 0 to below 1, not {background:g}")
     if name in ("pinwheel", "mixture") and dim != 2:
         raise InputError(f"the {name} prior has two dimensions, not {dim}: use --latent 2, or another prior")
     if name in ("swiss-roll", "square") and dim < 2:
         raise InputError(f"the {name} prior has two dimensions or more, not {dim}: use --latent 2, or another prior")
-    found: LatentPrior
-    if name == "normal":
-        return Normal(dim)
+    return Narrowing(name, dim) if name in WIDEST else Normal(dim)
+
+
+def _shape(name: str, dim: int, width: float) -> LatentPrior:
     if name == "pinwheel":
-        found = Pinwheel()
-    elif name == "mixture":
-        found = Petals()
-    elif name == "swiss-roll":
-        found = SwissRoll(dim)
-    else:
-        found = Square(dim)
-    return WithBackground(found, background) if background else found
+        return Pinwheel(width=width)
+    if name == "mixture":
+        return Petals(width=width)
+    return SwissRoll(dim, max(width, SwissRoll.own)) if name == "swiss-roll" else Square(dim, width=width)

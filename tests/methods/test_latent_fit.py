@@ -90,14 +90,12 @@ def test_the_likelihood_is_guessed_from_the_numbers(values, kind, family):
     assert guess_family(rows)[0] == family
 
 
-def test_thin_priors_get_a_background_and_say_so():
+def test_thin_priors_are_approached_and_said_to_be():
     rows = make_rows()
     for prior, thin in (("normal", False), ("pinwheel", True), ("square", True)):
         options = LatentOptions(prior=prior, compare=("vae",))
         model, facts = model_config(options, rows, 0)
-        assert (model.background > 0) == thin
         assert any("thin" in fact for fact in facts) == thin
-        assert (method_config("ddvi", options, model, False).sleep_first > 0) == thin
         assert method_config("vae", options, model, False).lr > 0
 
 
@@ -127,6 +125,11 @@ def test_every_method_trains_reports_and_opens_again_with_the_same_draws(name, t
     got = latents_of(opened.posterior, opened.model, x, 5, 2)
     torch.testing.assert_close(got.draws, want.draws)
     torch.testing.assert_close(got.mean, want.mean)
+    plain, weighed = (
+        trained.posterior.draw(x, 1, torch.Generator().manual_seed(1), weigh=weigh) for weigh in (False, True)
+    )
+    assert plain.log_weight is None
+    torch.testing.assert_close(plain.z, weighed.z)
     config = method_config(name, LatentOptions(method=name), prepared.model, True)
     assert config_from_json(name, config_to_json(config)) == config
 
@@ -165,7 +168,7 @@ class Known:
     def __init__(self, narrow=1.0, still=False, density=True):
         self.narrow, self.still, self.density = narrow, still, density
 
-    def draw(self, x, k, generator):
+    def draw(self, x, k, generator, weigh=True):
         mean, sd = x[:, :1] / 2, math.sqrt(0.5) * self.narrow * torch.ones(len(x), 1)
         z = mean + sd * torch.randn(k, len(x), 1, generator=generator)
         log_q = torch.distributions.Normal(mean, sd).log_prob(z)[..., 0]

@@ -1,16 +1,18 @@
 """Priors of latents: densities integrate to 1, are those of the samplers, and have the gradients they should."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.targets.latent_priors import PRIORS, ClusterPrior, LatentPrior, make_prior
+from hsivi_cli.targets.latent_priors import LEVELS, PRIORS, WIDEST, ClusterPrior, LatentPrior, Narrowing, make_prior
 from hsivi_cli.targets.latent_shapes import Pinwheel, Square, SwissRoll
 
 DOUBLE = torch.float64
 NAMES = list(PRIORS)
+BROAD = [f"broad {name}" for name in WIDEST]
 
 
 def cluster_prior() -> ClusterPrior:
@@ -24,9 +26,11 @@ def cluster_prior() -> ClusterPrior:
 def prior_of(name: str) -> LatentPrior:
     if name == "clusters":
         return cluster_prior()
-    if name == "background":
-        return make_prior("square", 2, background=0.05)
-    return make_prior(name, 2)
+    prior = make_prior(name.removeprefix("broad "), 2)
+    if name.startswith("broad"):
+        assert isinstance(prior, Narrowing)
+        prior.approach(0.4)
+    return prior
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -45,7 +49,8 @@ def grid_integral(prior: LatentPrior, reach: float, step: float) -> float:
 @pytest.mark.parametrize(
     ("name", "reach", "step"),
     [("normal", 6, 0.1), ("swiss-roll", 3.8, 0.06), ("square", 1.5, 0.005), ("mixture", 4.5, 0.03),
-     ("clusters", 6, 0.03), ("background", 5, 0.01)],
+     ("clusters", 6, 0.03), ("broad pinwheel", 2.5, 0.02), ("broad square", 2, 0.01), ("broad swiss-roll", 5, 0.05),
+     ("broad mixture", 5, 0.03)],
 )  # fmt: skip
 def test_a_density_integrates_to_one(name, reach, step):
     assert grid_integral(prior_of(name), reach, step) == pytest.approx(1, abs=1e-3)
@@ -82,7 +87,7 @@ def test_standard_deviations_are_those_of_the_study():
     assert sds(make_prior("square", 2)) == pytest.approx([0.82, 0.82], abs=0.01)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "clusters", "background"])
+@pytest.mark.parametrize("name", [*NAMES, "clusters", *BROAD])
 def test_samplers_and_densities_agree(name):
     """A kernel estimate from draws, at a few points, against the exact density smoothed by the same kernel."""
     prior, width = prior_of(name), 0.08
@@ -102,7 +107,7 @@ def test_samplers_and_densities_agree(name):
         assert abs(float(found) - exact) < 5 * float(spread) + 1e-3 * exact
 
 
-@pytest.mark.parametrize("name", ["pinwheel", "swiss-roll", "square", "mixture", "background"])
+@pytest.mark.parametrize("name", ["pinwheel", "swiss-roll", "square", "mixture", *BROAD])
 def test_the_whole_is_the_equal_mixture_of_the_classes(name):
     prior = prior_of(name)
     z = prior.sample(500, generator()).double()
@@ -111,6 +116,25 @@ def test_the_whole_is_the_equal_mixture_of_the_classes(name):
     k = torch.arange(prior.classes).repeat_interleave(50)
     own = prior.log_prob_class(prior.sample_class(k, generator(1)).double()).argmax(-1)
     assert (own == k).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", WIDEST)
+def test_a_thin_prior_is_approached_from_a_broad_one_and_reached_exactly(name):
+    prior = make_prior(name, 2)
+    assert isinstance(prior, Narrowing)
+    exact, off = prior.exact, prior.exact.sample(400, generator()).double() + 0.2
+    entropies, lowest = [], []
+    for level in range(LEVELS + 1):
+        prior.approach(level / LEVELS)
+        entropies.append(float(-prior.log_prob(prior.sample(4000, generator()).double()).mean()))
+        lowest.append(float(prior.log_prob(off).mean()))
+    assert all(after < before + 0.02 for before, after in itertools.pairwise(entropies))
+    assert lowest[0] > lowest[-1]
+    assert entropies[0] - entropies[-1] > 0.3
+    assert torch.equal(prior.log_prob(off), exact.log_prob(off))
+    prior.approach(-1.0)
+    assert float(prior.log_prob(off).mean()) == lowest[0]
+    assert torch.equal(make_prior(name, 2).log_prob(off), exact.log_prob(off))
 
 
 def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
@@ -125,7 +149,7 @@ def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
     assert (prior.log_scale.grad[[0, 2]] != 0).all()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "clusters", "background"])
+@pytest.mark.parametrize("name", [*NAMES, "clusters", *BROAD])
 def test_gradients_are_those_of_finite_differences(name):
     prior = prior_of(name)
     z = prior.sample(40, generator()).double().detach()
@@ -162,6 +186,54 @@ def test_the_pinwheels_roots_are_solutions():
     made = prior.sample_class(torch.full((50,), 3), generator(1))
     own = prior.log_prob_class(made.double()).argmax(-1)
     assert (own == 3).all()
+
+
+def bisected(prior: Pinwheel, z: torch.Tensor) -> torch.Tensor:
+    """f1 of each arm, (n, K), by bisections alone: of the beginning of the rising stretch, then of the root on it."""
+    turn = 2 * math.pi * torch.arange(prior.classes, dtype=DOUBLE) / prior.classes
+    r = z.norm(dim=-1, keepdim=True)
+
+    def rise(phi):
+        return phi - prior.twist * (r * phi.cos()).exp()
+
+    low = -torch.acos(2 * r / (1 + (1 + 4 * r.square()).sqrt()))
+    high = torch.zeros_like(low)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        rising = 1 + prior.twist * (r * middle.cos()).exp() * r * middle.sin() > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    target = rise(high) + torch.remainder(torch.atan2(z[:, 1:], z[:, :1]) + turn - rise(high), 2 * math.pi)
+    low, high = high.expand_as(target), (high + 2 * math.pi).expand_as(target)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = rise(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return r * low.cos()
+
+
+def test_the_pinwheels_roots_are_those_of_bisections_however_far():
+    prior = Pinwheel()
+    r, angle = torch.rand(2, 20_000, 1, generator=generator(5), dtype=DOUBLE) * torch.tensor([[[5.0]], [[2 * math.pi]]])
+    for z in (torch.cat((r * angle.cos(), r * angle.sin()), -1), prior.sample(5000, generator(6)).double()):
+        turn = 2 * math.pi * torch.arange(10, dtype=DOUBLE) / 10
+        wanted, found = bisected(prior, z), prior._roots(z, turn)
+        assert float((found - wanted).abs().max()) < 1e-11
+        assert float((found - wanted).abs()[z.norm(dim=-1) < 1.6].max()) < 1e-13
+    far = (1e3 * torch.ones(3, 2, dtype=DOUBLE)).requires_grad_()
+    assert torch.isfinite(torch.autograd.grad(prior.log_prob(far).sum(), far)[0]).all()
+
+
+@pytest.mark.parametrize("prior", [Pinwheel(), SwissRoll(3)], ids=["pinwheel", "swiss-roll"])
+def test_gradients_of_each_class_can_be_differentiated_again(prior):
+    """As semi-amortised training does, which differentiates through steps along the gradient."""
+    z = (prior.sample(6, generator()).double() + 0.02).requires_grad_()
+    weight = torch.randn(prior.classes, generator=generator(1), dtype=DOUBLE)
+
+    def mixed(z):
+        return (prior.log_prob_class(z) * weight).sum(-1) / 1e3
+
+    assert torch.autograd.gradcheck(mixed, z, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(mixed, z, atol=1e-4, rtol=1e-4)
 
 
 def test_the_rolls_quadrature_has_converged():
@@ -208,8 +280,6 @@ def test_what_is_refused():
             make_prior(name, dim)
     with pytest.raises(InputError, match="clusters 1"):
         ClusterPrior(1, 2)
-    with pytest.raises(InputError, match="share"):
-        make_prior("square", 2, background=1.0)
 
 
 def test_the_pinwheels_density_is_that_of_the_change_of_variables():
