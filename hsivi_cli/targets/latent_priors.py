@@ -20,7 +20,7 @@ NARROWEST = 1e-4
 """Variance added to each cluster's: latents of an encoder without noise may coincide."""
 WIDEST = {"pinwheel": (0.25, 0.005), "swiss-roll": (0.7, 0.1), "square": (0.5, 0.03), "mixture": (0.5, 0.05)}
 """Of a thin prior's brush: where training begins (wider, the pinwheel's arms would fold over), and the finest."""
-LEVELS = 24
+LEVELS, GUARD = 24, 1e-6
 
 
 class LatentPrior(Protocol):
@@ -154,20 +154,56 @@ class ClusterPrior(nn.Module):
         return (self.log_prob_class(z) + self.log_weights).logsumexp(-1)
 
 
+class Guarded:
+    """`(1 - GUARD) p(z) + GUARD N(0, I)`: off a thin shape the density falls by thousands of nats, and a few rows whose
+
+    latents miss it would be all that a mean over rows shows. So small a share costs 16 nats and is no place to live in.
+    """
+
+    def __init__(self, prior: LatentPrior) -> None:
+        self.inner = prior
+        self.name, self.dim, self.classes = prior.name, prior.dim, prior.classes
+        self._broad = Normal(prior.dim)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws."""
+        return self._replace(self.inner.sample(n, generator), generator)
+
+    def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
+        """A draw of each class, of which the guard is a part."""
+        return self._replace(self.inner.sample_class(k, generator), generator)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the mixture."""
+        return self._mix(self.inner.log_prob(z), self._broad.log_prob(z))
+
+    def log_prob_class(self, z: Tensor) -> Tensor:
+        """Log density of each class."""
+        return self._mix(self.inner.log_prob_class(z), self._broad.log_prob_class(z))
+
+    def _mix(self, log_thin: Tensor, log_broad: Tensor) -> Tensor:
+        return torch.logaddexp(log_thin + math.log1p(-GUARD), log_broad + math.log(GUARD))
+
+    def _replace(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        broad = self._broad.sample(len(z), generator)
+        chosen = torch.rand(len(z), 1, generator=generator, device=generator.device, dtype=torch.float64) < GUARD
+        return torch.where(chosen, broad, z)
+
+
 class Narrowing:
     """A thin prior that training approaches from a broad one: the same shape drawn with an ever finer brush.
 
     Off a thin shape the density falls by thousands of nats within a few deviations: rows that do not begin on it never
     come to it. `approach` chooses how wide the brush is, geometrically from `WIDEST` down to the shape's own; each
-    width is an exact density with its sampler. As made, and after training, it is the shape itself.
+    width is an exact density with its sampler. As made, and after training, it is the shape itself (`Guarded`).
     """
 
     def __init__(self, name: str, dim: int) -> None:
-        self.exact = _shape(name, dim, 0.0)
+        self.exact = Guarded(_shape(name, dim, 0.0))
         widest, own = WIDEST[name]
         widths = [widest * (own / widest) ** (level / (LEVELS - 1)) for level in range(LEVELS)]
         self._levels = [*(_shape(name, dim, width) for width in widths), self.exact]
-        self._now = self.exact
+        self._now: LatentPrior = self.exact
         self.name, self.dim, self.classes = self.exact.name, self.exact.dim, self.exact.classes
 
     def approach(self, share: float) -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.targets.latent_priors import LEVELS, PRIORS, WIDEST, ClusterPrior, LatentPrior, Narrowing, make_prior
+from hsivi_cli.targets.latent_priors import (
+    GUARD,
+    LEVELS,
+    PRIORS,
+    WIDEST,
+    ClusterPrior,
+    LatentPrior,
+    Narrowing,
+    make_prior,
+)
 from hsivi_cli.targets.latent_shapes import Pinwheel, Square, SwissRoll
 
 DOUBLE = torch.float64
@@ -137,6 +146,15 @@ def test_a_thin_prior_is_approached_from_a_broad_one_and_reached_exactly(name):
     assert torch.equal(make_prior(name, 2).log_prob(off), exact.log_prob(off))
 
 
+def test_a_row_off_a_thin_prior_costs_what_the_guard_is_and_no_more():
+    for name in WIDEST:
+        prior, broad = make_prior(name, 2), make_prior("normal", 2)
+        z = torch.tensor([[4.0, 4.0], [-5.0, 0.5]], dtype=DOUBLE)
+        assert torch.allclose(prior.log_prob(z), broad.log_prob(z) + math.log(GUARD), atol=1e-6)
+        on = prior.sample(500, generator()).double()
+        assert float((prior.log_prob(on) - prior.exact.inner.log_prob(on)).abs().max()) < 0.2
+
+
 def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
     prior = cluster_prior()
     z = prior.sample(400, generator()).detach()
@@ -244,11 +262,11 @@ def test_the_rolls_quadrature_has_converged():
 
 @pytest.mark.parametrize("dim", [3, 4])
 def test_rolls_and_squares_in_more_dimensions(dim):
-    roll = make_prior("swiss-roll", dim)
+    roll = SwissRoll(dim)
     z = roll.sample(200, generator()).double()
     beside = -0.5 * (z[:, 2:] / 0.1).square().sum(-1) - (dim - 2) * (0.5 * math.log(2 * math.pi) + math.log(0.1))
     assert torch.allclose(roll.log_prob(z), SwissRoll().log_prob(z[:, :2]) + beside, atol=1e-8)
-    cube = make_prior("square", dim)
+    cube = Square(dim)
     z = cube.sample(20_000, generator()).double()
     on_edge = ((z.abs() - 1).abs() < 0.3).sum(-1)
     assert (on_edge >= dim - 1).double().mean() > 0.999
