@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained
     from hsivi_cli.methods.latent_registry import LatentOptions
     from hsivi_cli.methods.latent_report import LatentReport
+    from hsivi_cli.targets.latent import LatentModel
 
 LATENT = "latent"
 """The word that `--model` takes in place of a file; a file of that name is ./latent."""
@@ -29,6 +30,7 @@ def options_from(
     **fields: Any,
 ) -> "LatentOptions":
     """The options as one object; raises InputError for what means nothing together."""
+    from hsivi_cli.io.rows import name_columns
     from hsivi_cli.methods.latent_registry import PAPER, LatentOptions, check_latent
 
     if len(prior) > 1 or (prior and "=" in prior[0]):
@@ -44,6 +46,8 @@ def options_from(
     if paper:
         chosen = PAPER
     given = {name: value for name, value in fields.items() if value is not None}
+    if "columns" in given:
+        given["columns"] = name_columns(given["columns"])
     found = LatentOptions(chosen, prior=prior[0] if prior else None, compare=compared, **given)
     check_latent(found)
     return found
@@ -94,7 +98,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)
             latents = in_order(found, prepared.order)
     if wanted.plot is not None and latents is not None:
-        _plot(wanted.plot, latents, prepared, settings)
+        _plot(wanted.plot, latents, prepared, settings, fits[0].model)
     stream = None
     if destination is not None and latents is not None:
         asked = latents if wanted.draws else replace(latents, draws=None)
@@ -162,6 +166,7 @@ def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> Non
 
     model = prepared.model
     prior = f"{model.clusters} clusters" if model.clusters else model.prior
+    prior = "normal" if name == "pca" else prior
     console.story(
         f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
         f"{model.latent} latents, prior {prior}"
@@ -172,22 +177,25 @@ def _compared(reports: "list[LatentReport]") -> dict[str, Any]:
     return {"compared": [report.to_json() for report in reports]} if len(reports) > 1 else {}
 
 
-def _plot(path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions") -> None:
+def _plot(
+    path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions", model: "LatentModel"
+) -> None:
     from hsivi_cli.evaluation.latent_plot import plot_map
     from hsivi_cli.methods.latent_registry import MANY_MODES
-    from hsivi_cli.methods.latent_report import map_points
+    from hsivi_cli.methods.latent_scores import cluster_circles, map_points
 
-    other, column = prepared.rows.other, settings.color_by or settings.labels
+    other, column = prepared.rows.other, settings.color_by or settings.labels or settings.group_by
+    group = settings.group_by or (settings.labels if settings.color_by else None)
     colour = other[column].to_numpy() if other is not None and column else None
-    both = other is not None and settings.color_by and settings.labels and settings.color_by != settings.labels
-    groups = other[settings.labels].to_numpy() if both and other is not None else None
-    model = prepared.model
-    prior = f"{model.clusters} clusters" if model.clusters else f"prior {model.prior}"
+    groups = other[group].to_numpy() if other is not None and group and group != column else None
+    config = prepared.model
+    circles = cluster_circles(model.prior)
+    drawn = " (circles: two sds)" if circles is not None else ""
+    prior = f"{config.clusters} clusters{drawn}" if config.clusters else f"prior {config.prior}"
     each = ", a draw of each" if settings.method in MANY_MODES else ""
     title = f"{settings.method}: {len(latents.mean)} rows{each}, {prior}"
-    plot_map(
-        path, map_points(settings.method, latents).double().numpy(), colour, column or "", groups=groups, title=title
-    )
+    points = map_points(settings.method, latents).double().numpy()
+    plot_map(path, points, colour, column or "", groups=groups, circles=circles, title=title)
     console.story(f"map: {path}")
 
 
@@ -230,6 +238,7 @@ def _print(reports: "list[LatentReport]") -> None:
     whose = "held out" if first.held_out else "that were trained on"
     console.result_table(f"nats a row (s.e.), {first.rows} rows {whose}", lines, header)
     console.result_line("")
+    _print_clusters(reports)
     if "latent NLL" in scores:
         from hsivi_cli.evaluation.latent_metrics import RUN_BANDWIDTHS
 
@@ -241,6 +250,17 @@ def _print(reports: "list[LatentReport]") -> None:
     for report in reports[1:]:
         console.result_line(f"{report.method}: {report.verdict.line}")
     console.result_line(first.verdict.line if len(reports) == 1 else f"{first.method}: {first.verdict.line}")
+
+
+def _print_clusters(reports: "list[LatentReport]") -> None:
+    lines = [
+        (report.method, source, *(f"{value:.3f}" for value in (found.purity, found.completeness, found.nmi)))
+        for report in reports
+        for source, found in report.clusters.items()
+    ]
+    if lines:
+        console.result_table("clusters against classes", lines, ("method", "of", "purity", "completeness", "NMI"))
+        console.result_line("")
 
 
 def _figure(value: float | None, error: float | None) -> str:

@@ -142,6 +142,16 @@ def fit_posterior(
     color_by: Annotated[
         str | None, typer.Option("--color-by", help="Of --model latent: a column, never data, to colour and score by.")
     ] = None,
+    group_by: Annotated[
+        str | None, typer.Option("--group-by", help="Of --model latent: a column whose groups share a hue on the map.")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", help="Of --model latent: the data, as a,b or PC1..PC10. Default: all numbers."),
+    ] = None,
+    noise: Annotated[
+        str | None, typer.Option("--noise", help="Of --model latent, gaussian: column, or shared if all have one unit.")
+    ] = None,
     compare: Annotated[
         str | None, typer.Option("--compare", help="Of --model latent: train these too, as vae,iaf,pca; one table.")
     ] = None,
@@ -230,7 +240,7 @@ def fit_posterior(
         "color_by": color_by,
         "iwae": iwae,
     }
-    of_latents["hold_out"] = hold_out
+    of_latents |= {"group_by": group_by, "columns": columns, "noise": noise, "hold_out": hold_out}
     of_amortised: dict[str, Any] = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if model == "latent":
         from hsivi_cli.cli.fit_latent import fit_latent, options_from

@@ -5,6 +5,7 @@ A large CSV or parquet file is read in batches straight into float32, so that a 
 """
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,22 @@ def read_rows(
         chosen = None if columns is None else tuple(columns)
         return _table(source, chosen, tuple(labels), alleles or {}, stream)
     return rows if columns is None else select(rows, columns)
+
+
+def name_columns(text: str) -> tuple[str, ...]:
+    """The names in "a,b" and "PC1..PC10", which is PC1, PC2 .. PC10. Raises InputError for what is neither."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ends = re.fullmatch(r"(.*?)(\d+)\s*\.\.\s*(.*?)(\d+)", part)
+        if ends is not None and ends[1] == ends[3] and int(ends[2]) <= int(ends[4]):
+            names += [f"{ends[1]}{number}" for number in range(int(ends[2]), int(ends[4]) + 1)]
+        elif ".." in part:
+            raise InputError(f"--columns {part}: a range is written as PC1..PC10, one name with a rising number")
+        else:
+            names.append(part)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--columns {text}: name columns, each once, as a,b or PC1..PC10")
+    return tuple(names)
 
 
 def select(rows: Rows, columns: Sequence[str]) -> Rows:

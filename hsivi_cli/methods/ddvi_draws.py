@@ -55,6 +55,13 @@ class Posterior:
             found.append(state.encoder.draw(encoded, normals(shape, like, generator)))
         return torch.cat(found)
 
+    def classify(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n classes"]:
+        """q(k | x), of a posterior that has learned from labels."""
+        like = self.state.model.like()
+        return torch.cat(
+            [ddvi_classes.class_probabilities(self.state, part.to(like)) for part in x.split(CHAINS_AT_ONCE)]
+        )
+
 
 def normals(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normals of the type and on the device of `like`."""

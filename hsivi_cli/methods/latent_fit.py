@@ -27,6 +27,7 @@ from hsivi_cli.methods.latent_registry import (
     only,
 )
 from hsivi_cli.targets.latent import LatentModel, LatentTask, ModelConfig, build_model
+from hsivi_cli.targets.latent_priors import PLACED_ON, ClusterPrior
 from hsivi_cli.targets.likelihoods import likelihood_for
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ MOST_HELD_OUT = 10_000
 NEVER = 2**62  # checkpoints come by the clock, and at the end
 LOG_EVERY = 100
 ROWS_AT_ONCE = 2000
+PLACED_AT = 0.4
+"""Share of the steps with a normal prior before clusters are placed where the latents have come to lie."""
 MEAN_DRAWS, FEW_DRAWS, MANY_ROWS = 32, 8, 50_000
 """Draws behind a row's mean and standard deviation where more are not asked for; for more rows than that, few."""
 
@@ -46,7 +49,8 @@ class Prepared:
     """Rows in the order train, test: `order` (N,) says where each stood in the source, from 0.
 
     `labels` (N,) of `--labels` and `colors` (N,) of the column to score and colour by are -1 where unknown, in the same
-    order; None where there are none. `names` are the classes of `colors`. `facts` are lines to tell.
+    order; None where there are none. `names` are the classes of `colors`, `label_names` those of `labels`. `facts` are
+    lines to tell.
     """
 
     rows: Rows
@@ -57,6 +61,7 @@ class Prepared:
     colors: Tensor | None
     color_column: str | None
     names: tuple[str, ...]
+    label_names: tuple[str, ...]
     gaps: bool
     facts: tuple[str, ...]
 
@@ -90,8 +95,8 @@ class Trained:
 def read_latent(source: str, options: LatentOptions) -> Rows:
     """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
     check_latent(options)
-    kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by) if name))
-    rows = clean(read_rows(source, labels=kept))
+    kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by, options.group_by) if name))
+    rows = clean(read_rows(source, options.columns or None, kept))
     for name in kept:
         if rows.other is None or name not in rows.other.columns:
             rows.labels(name)  # says which there are
@@ -104,10 +109,10 @@ def read_latent(source: str, options: LatentOptions) -> Rows:
 
 def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     """Split the rows (the memory of `rows` is reordered), read the labels, choose the model. Raises InputError."""
-    labels, classes = rows.labels(options.labels) if options.labels else (None, ())
+    labels, label_names = rows.labels(options.labels) if options.labels else (None, ())
     column = options.color_by or options.labels
     colors, names = rows.labels(column) if column else (None, ())
-    model, facts = model_config(options, rows, len(classes))
+    model, facts = model_config(options, rows, len(label_names))
     try:
         likelihood_for(model.likelihood, rows.tensor(), rows.columns)
     except InputError as err:
@@ -129,7 +134,8 @@ def prepare(rows: Rows, options: LatentOptions) -> Prepared:
         facts += ("ddvi is told the labels of the rows it trains on, never of those held out",)
     elif labels is not None:
         facts += (f'{options.method} learns nothing from --labels "{options.labels}": they colour and score',)
-    return Prepared(rows, count - held, order, model, labels, colors, column, names, gaps, (*rows.facts, *facts))
+    facts = (*rows.facts, *facts)
+    return Prepared(rows, count - held, order, model, labels, colors, column, names, label_names, gaps, facts)
 
 
 def train(
@@ -145,16 +151,35 @@ def train(
     known = prepared.labels[: prepared.train] if prepared.labels is not None and name == "ddvi" else None
     config = method_config(name, only(options, name), prepared.model, prepared.gaps)
     module: Any = METHODS[name].module
-    state = module.init(LatentTask(rows, build_model(prepared.model, rows), known), config)
+    model = build_model(prepared.model, rows)
+    clustered = isinstance(model.prior, ClusterPrior) and known is None  # with labels the clusters are the classes
+    if isinstance(model.prior, ClusterPrior) and clustered:
+        model.prior.broaden()
+    state = module.init(LatentTask(rows, model, known), config)
     if resume and (directory / CHECKPOINT).is_file():
         loop.resume(module, state, directory)
-    settings = loop.LoopConfig(config.steps, config.seed, LOG_EVERY, checkpoint_every=NEVER)
     batch: Any = _batches(rows, known)
     hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps, "method": name}), batch=batch)
     began = time.process_time()
-    if loop.run_loop(module, state, settings, directory, hooks):
-        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+
+    def run_to(last: int) -> None:
+        settings = loop.LoopConfig(last, config.seed, LOG_EVERY, checkpoint_every=NEVER)
+        if loop.run_loop(module, state, settings, directory, hooks):
+            raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+
+    prior = state.model.prior
+    if isinstance(prior, ClusterPrior) and not prior.placed:
+        run_to(min(config.steps, max(1, round(PLACED_AT * config.steps))))
+        place_clusters(prior, module.posterior(state), rows, config.seed)
+    run_to(config.steps)
     return Trained(name, state, module.posterior(state), time.process_time() - began)
+
+
+def place_clusters(prior: ClusterPrior, posterior: Any, rows: Float[Tensor, "n D"], seed: int) -> None:
+    """Fit the clusters to a draw of each of some of the rows."""
+    chosen = torch.randperm(len(rows), generator=generator(seed, Stream.INIT, 8))[:PLACED_ON]
+    drawn: LatentDraws = posterior.draw(rows[chosen], 1, generator(seed, Stream.INIT, 9), False)
+    prior.place(drawn.z[0], seed)
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,12 @@ from torch import Tensor
 
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import RunError
-from hsivi_cli.evaluation.latent_metrics import (
-    RUN_BANDWIDTHS,
-    Bounds,
-    bounds,
-    cluster_scores,
-    collapse,
-    inference_gaps,
-    kmeans_clusters,
-    knn_accuracy,
-    latent_nll,
-)
+from hsivi_cli.evaluation.latent_metrics import Bounds, ClusterScores, bounds, collapse, inference_gaps
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
-from hsivi_cli.methods.latent_registry import MANY_MODES, PAPER, THIN
+from hsivi_cli.methods.latent_registry import PAPER
+from hsivi_cli.methods.latent_scores import score_map
 
 MOST_TEST, MOST_JUDGED, KHAT_DRAWS = 2000, 50, 500
 """Rows held out that the likelihood is estimated on, those whose weights are judged, and draws of each of those."""
@@ -35,8 +26,8 @@ FEW, MANY = 0.1, 0.5
 """Shares of the judged rows whose k-hat may be above the limit: for trust, and for use at all."""
 WIDE_GAP = 1.0
 """Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
-MOST_SCORED, MOST_CLASSES, MOST_GAP, PRIOR_DRAWS = 5000, 100, 32, 5000
-"""Rows trained on that a map is scored with, classes scored, rows of the amortisation gap, points of an NLL."""
+MOST_GAP = 32
+"""Rows of the amortisation gap."""
 GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
 """Methods whose amortisation gap means something: the best of a search is of their own family."""
 
@@ -46,7 +37,8 @@ class LatentReport:
     """Figures of one method on n rows: bounds in nats a row with standard errors over rows; None: there is none.
 
     `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `explained` is the share of the variance of rows
-    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats. `clusters`
+    are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`.
     """
 
     method: str
@@ -63,6 +55,7 @@ class LatentReport:
     latent: int
     khats: tuple[float, ...]
     scores: dict[str, float]
+    clusters: dict[str, ClusterScores]
     seconds: float
     steps: int
     verdict: Verdict
@@ -105,7 +98,7 @@ def report_on_fit(
     used = collapse(latents.mean.float() / scale, latents.sd.float() / scale).active
     with torch.no_grad():
         rebuilt = model.reconstruct(latents.draws[0].to(model.like())).float()
-    scores = score_map(trained, prepared, latents, seed)
+    scores, clusters = score_map(trained, prepared, latents, seed)
     if gap and trained.name in GAUSSIAN:
         scores["amortisation gap"] = _amortisation_gap(trained, x, latents, seed)
     on_stage(1)
@@ -124,53 +117,11 @@ def report_on_fit(
         latents.mean.shape[1],
         khats,
         scores,
+        clusters,
         trained.seconds,
         trained.state.step,
         _judge(trained.name, found, khats, used, latents.mean.shape[1]),
     )
-
-
-def score_map(trained: Trained, prepared: Prepared, latents: Latents, seed: int) -> dict[str, float]:
-    """Scores of the map: latent NLL where the prior is thin; k-NN accuracy and clusters where there are classes.
-
-    `latents` are those of the first test rows, a draw each. Clusters are those of the prior, or by k-means as many as
-    there are classes; where a method has seen labels, of the rows held out alone.
-    """
-    scores: dict[str, float] = {}
-    thin, classes = prepared.model.prior in THIN and not prepared.model.clusters, len(prepared.names)
-    classified = prepared.colors is not None and 2 <= classes <= min(MOST_CLASSES, len(prepared.rows) // 5)
-    if not thin and not classified:
-        return scores
-    train = min(prepared.train, MOST_SCORED)
-    seen = latents_of(trained.posterior, trained.model, prepared.values[:train], seed + 1, 1)
-    assert seen.draws is not None
-    assert latents.draws is not None
-    if thin:
-        points = trained.model.prior.sample(PRIOR_DRAWS, generator(seed, Stream.SIMULATE, 2))
-        scores["latent NLL"] = latent_nll(torch.cat([seen.draws[0], latents.draws[0]]), points, RUN_BANDWIDTHS)
-    if not classified or prepared.colors is None:
-        return scores
-    first = prepared.train if prepared.train < len(prepared.rows) else 0
-    truth = prepared.colors[first : first + len(latents.mean)]
-    before, mean = (map_points(trained.name, part) for part in (seen, latents))
-    if first and bool((truth >= 0).any()) and bool((prepared.colors[:train] >= 0).any()):
-        scores["20-NN"] = knn_accuracy(before, prepared.colors[:train], mean, truth)
-    cluster = latents.cluster
-    if first and prepared.labels is None:
-        mean, truth = torch.cat([before, mean]), torch.cat([prepared.colors[:train], truth])
-        if cluster is not None and seen.cluster is not None:
-            cluster = torch.cat([seen.cluster, cluster])
-    if cluster is None and classes > len(mean):
-        return scores
-    if bool((truth >= 0).any()):
-        found = cluster_scores(truth, kmeans_clusters(mean, classes, 5) if cluster is None else cluster)
-        scores |= {"purity": found.purity, "completeness": found.completeness, "NMI": found.nmi}
-    return scores
-
-
-def map_points(name: str, latents: Latents) -> Float[Tensor, "n d"]:
-    """Where rows lie on the map: their means, or a draw of each where posteriors may have several modes."""
-    return latents.draws[0] if name in MANY_MODES and latents.draws is not None else latents.mean
 
 
 def _amortisation_gap(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> float:

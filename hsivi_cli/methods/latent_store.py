@@ -41,7 +41,8 @@ class OpenedLatent:
 
 def settings_of(options: LatentOptions) -> dict[str, Any]:
     """The options as a run directory keeps them: plain JSON; a resumed run must have the same."""
-    return {"latent_model": True, **asdict(options), "compare": list(options.compare)}
+    lists = {"compare": list(options.compare), "columns": list(options.columns)}
+    return {"latent_model": True, **asdict(options), **lists}
 
 
 def digest_of(rows: Rows) -> dict[str, Any]:

@@ -7,13 +7,17 @@ import math
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.targets.latent_shapes import LOG_TWO_PI, Petals, Pinwheel, Square, SwissRoll, as_default, normal_noise
 
 PRIORS = ("normal", "pinwheel", "swiss-roll", "square", "mixture")
+PLACED_ON, PLACE_STARTS = 10_000, 10
+"""Latents that clusters are placed on, and runs of EM of which the best is kept."""
+NARROWEST = 1e-4
+"""Variance added to each cluster's: latents of an encoder without noise may coincide."""
 WIDEST = {"pinwheel": (0.25, 0.005), "swiss-roll": (0.7, 0.1), "square": (0.5, 0.03), "mixture": (0.5, 0.05)}
 """Of a thin prior's brush: where training begins (wider, the pinwheel's arms would fold over), and the finest."""
 GUARDS = {
@@ -74,10 +78,13 @@ class ClusterPrior(nn.Module):
     """`z = h_k + s_k N(0, I)` with class k of learned weight: heads (K, d), log scales (K,), logits (K,).
 
     Draws of a class are differentiable in its head and scale. `base` is the scale at the start (the study's .125),
-    `spread` the standard deviation of the heads: heads that begin together stay together.
+    `spread` the standard deviation of the heads: heads that begin together stay together. After `broaden` it is
+    N(0, I), with nothing to learn, until `place` fits the clusters to latents that a model has found: clusters that
+    are there before the latents hold whatever comes near them first.
     """
 
     name = "clusters"
+    placed: Bool[Tensor, ""]
 
     def __init__(
         self,
@@ -94,11 +101,37 @@ class ClusterPrior(nn.Module):
         self.heads = nn.Parameter(spread * torch.randn(clusters, dim, generator=generator))
         self.log_scale = nn.Parameter(torch.full((clusters,), math.log(base)))
         self.logits = nn.Parameter(torch.zeros(clusters))
+        self.register_buffer("placed", torch.tensor(True))
 
     @property
     def log_weights(self) -> Float[Tensor, " K"]:
         """Log weights of the clusters."""
         return self.logits.log_softmax(-1)
+
+    def broaden(self) -> None:
+        """Be N(0, I) until `place`."""
+        self.placed.fill_(False)
+
+    @torch.no_grad()
+    def place(self, latents: Float[Tensor, "n d"], seed: int) -> None:
+        """The clusters of maximum likelihood for latents of rows, by EM: for a fixed posterior the best of the bound.
+
+        Raises InputError for fewer latents than clusters, and RunError where they are not finite.
+        """
+        from sklearn.mixture import GaussianMixture
+
+        if len(latents) < self.classes:
+            raise InputError(f"--clusters {self.classes}: there are only {len(latents)} rows to train on")
+        if not bool(latents.isfinite().all()):
+            raise RunError("diverged: the latents are not finite: use a lower --lr")
+        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:PLACED_ON]
+        mixture = GaussianMixture(
+            self.classes, covariance_type="spherical", n_init=PLACE_STARTS, reg_covar=NARROWEST, random_state=seed
+        ).fit(latents[chosen].double().cpu().numpy())
+        self.heads.copy_(torch.from_numpy(mixture.means_))
+        self.log_scale.copy_(0.5 * torch.from_numpy(mixture.covariances_).log())
+        self.logits.copy_(torch.from_numpy(mixture.weights_).log())
+        self.placed.fill_(True)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n draws, clusters by their weights."""
@@ -108,16 +141,22 @@ class ClusterPrior(nn.Module):
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each cluster named in k."""
         noise = normal_noise(generator, len(k), self.dim).to(self.heads)
+        if not self.placed:
+            return noise
         k = k.to(self.heads.device)
         return self.heads[k] + self.log_scale[k].exp()[:, None] * noise
 
     def log_prob_class(self, z: Tensor) -> Tensor:
         """Log density of each cluster, without its weight."""
+        if not self.placed:
+            return Normal(self.dim).log_prob(z)[..., None].expand(*z.shape[:-1], self.classes)
         square = (z[..., None, :] - self.heads).square().sum(-1)
         return -0.5 * square * (-2 * self.log_scale).exp() - self.dim * (self.log_scale + 0.5 * LOG_TWO_PI)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of the weighted mixture."""
+        if not self.placed:
+            return Normal(self.dim).log_prob(z)
         return (self.log_prob_class(z) + self.log_weights).logsumexp(-1)
 
 

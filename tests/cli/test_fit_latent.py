@@ -84,6 +84,22 @@ def test_one_table_compares_methods_on_one_split(table, capsys):
     assert "amortisation gap" in vae["scores"]
 
 
+def test_chosen_columns_make_a_map_of_clusters_in_groups(table, tmp_path, capsys):
+    plot, out = tmp_path / "map.png", tmp_path / "z.csv"
+    code = run(table, *FEW, "--columns", "a,b,c", "--noise", "shared", "--clusters", 3, "--color-by", "age",
+               "--group-by", "people", "--compare", "ddvi,vae,pca", "--plot", plot, "--out", out)  # fmt: skip
+    err = capsys.readouterr().err
+    assert code in (0, 3)
+    assert "rows of 3 numbers" in err
+    assert plot.stat().st_size > 1000
+    assert {"d", "flat", "people", "cluster"} < set(pd.read_csv(out).columns)
+    code = run(table, *FEW, "--clusters", 3, "--color-by", "people", "--compare", "ddvi,pca", "--json")
+    ours, pca = json.loads(capsys.readouterr().out)["compared"]
+    assert list(ours["clusters"]) == ["prior", "k-means", "mixture"]
+    assert list(pca["clusters"]) == ["k-means", "mixture"]
+    assert set(pca["clusters"]["mixture"]) == {"purity", "completeness", "nmi"}
+
+
 def test_new_rows_get_the_latents_that_the_fit_gave_them(table, fit, tmp_path, capsys):
     again = tmp_path / "again.csv"
     assert sample(fit, "--observe", table, "--out", again) == 0
@@ -167,6 +183,12 @@ def test_a_saved_run_is_not_overwritten_and_must_be_the_same(table, fit, capsys)
         (("--resume",), "--resume needs the --save"),
         (("--hold-out", "1"), "--hold-out 1"),
         (("--labels", "people", "--prior", "normal"), "--labels needs a prior"),
+        (("--columns", "a,people"), 'column "people", row 1'),
+        (("--columns", "a,e"), 'no column "e"'),
+        (("--columns", "a..c"), "a range is written as PC1..PC10"),
+        (("--columns", "a,age", "--color-by", "age"), "never data"),
+        (("--noise", "none"), "--noise none"),
+        (("--group-by", "nope"), "nope"),
     ],
 )
 def test_what_means_nothing_is_refused_in_one_line(table, argv, says, capsys):

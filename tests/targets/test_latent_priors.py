@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hsivi_cli.errors import InputError
+from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.targets.latent_priors import (
     GUARDS,
     LEVELS,
@@ -329,3 +329,45 @@ def test_the_pinwheels_density_is_that_of_the_change_of_variables():
         normal = -0.5 * (((f[0] - 1) / 0.15) ** 2 + (f[1] / 0.1) ** 2) - math.log(2 * math.pi * 0.15 * 0.1)
         wanted = normal - torch.autograd.functional.jacobian(forward, f).det().abs().log()
         assert float(prior.log_prob_class(forward(f))[3]) == pytest.approx(float(wanted), abs=1e-9)
+
+
+def test_a_broad_cluster_prior_is_standard_normal_until_it_is_placed():
+    prior, normal = ClusterPrior(5, 2, generator(1)), make_prior("normal", 2)
+    prior.broaden()
+    z = torch.randn(40, 2, generator=generator(2))
+    torch.testing.assert_close(prior.log_prob(z), normal.log_prob(z))
+    torch.testing.assert_close(prior.log_prob_class(z), normal.log_prob(z)[:, None].expand(-1, 5))
+    drawn = prior.sample(20_000, generator(3))
+    assert float(drawn.mean(0).abs().max()) < 5 / math.sqrt(20_000)
+    assert torch.allclose(drawn.var(0), torch.ones(2), atol=5 * math.sqrt(2 / 20_000))
+    assert torch.autograd.grad(
+        prior.log_prob(z.requires_grad_()).sum(), list(prior.parameters()), allow_unused=True
+    ) == (None, None, None)
+
+
+def test_placed_clusters_are_those_of_the_latents():
+    truth = cluster_prior()
+    with torch.no_grad():  # apart, so that the likelihood has one maximum that matters
+        truth.heads.copy_(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0]]))
+    latents = truth.sample(3000, generator(4)).detach()
+    prior = ClusterPrior(4, 2, generator(5))
+    prior.broaden()
+    before = prior.log_prob(latents).mean()
+    prior.place(latents, 0)
+    found, best = (float(p.log_prob(latents.double()).mean().detach()) for p in (prior, truth))
+    assert found > best - 1e-3  # the maximum of the likelihood is above the truth's own
+    assert found < best + 0.02
+    assert found > float(before) + 0.5
+    order = truth.log_scale.argsort(), prior.log_scale.argsort()
+    torch.testing.assert_close(prior.log_weights[order[1]].double(), truth.log_weights[order[0]], atol=0.15, rtol=0)
+    copy = ClusterPrior(4, 2)
+    copy.broaden()
+    copy.load_state_dict(prior.state_dict())
+    torch.testing.assert_close(copy.log_prob(latents), prior.log_prob(latents))
+
+
+def test_clusters_cannot_be_placed_on_too_few_latents():
+    with pytest.raises(InputError, match="--clusters 4: there are only 3 rows"):
+        cluster_prior().place(torch.zeros(3, 2), 0)
+    with pytest.raises(RunError, match="diverged"):
+        cluster_prior().place(torch.full((9, 2), math.nan), 0)
