@@ -65,7 +65,8 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
     if wanted.plot is not None:
         check_plot_path(wanted.plot, wanted.force)
     with console.guarded_stdout():
-        rows = read_latent(source, settings)
+        with console.progress("reading", 1, lines=True) as bar:
+            rows = read_latent(source, settings, bar.to)
         digest = digest_of(rows)
         prepared = prepare(rows, settings)
         for fact in prepared.facts:
@@ -88,7 +89,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 save_latent(directory, fits[0], prepared, tree)
         latents = None
         if destination is not None or wanted.plot is not None:
-            with console.progress("latents", len(rows)) as bar:
+            with console.progress("latents", len(rows), lines=True) as bar:
                 first = fits[0]
                 shown = wanted.draws or (1 if wanted.plot is not None else 0)
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)

@@ -52,14 +52,15 @@ def _latents(path: Path, observe: str, n: int, seed: int, out: str | None, force
     destination = open_table(out, force) if out else None
     with console.guarded_stdout():
         opened = open_latent(path)
-        rows, x = read_new_rows(opened, observe)
+        with console.progress("reading", 1, lines=True) as bar:
+            rows, x = read_new_rows(opened, observe, bar.to)
         far = _far(opened, x)
         if far:
             console.warn(
                 f"{far} of {len(x)} rows have a number far beyond those the fit has seen in its column: the encoder "
                 "extrapolates there"
             )
-        with console.progress("latents", len(x)) as bar:
+        with console.progress("latents", len(x), lines=True) as bar:
             found = latents_of(opened.posterior, opened.model, x, seed, n, bar.to)
     stream = write_latents(destination, found, rows.other) if destination is not None else None
     verdict = opened.report["verdict"]

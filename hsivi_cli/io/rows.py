@@ -6,7 +6,7 @@ A large CSV or parquet file is read in batches straight into float32, so that a 
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -80,11 +80,13 @@ def read_rows(
     alleles: Mapping[str, str] | None = None,
     every: int = 1,
     stream: BinaryIO | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Rows:
     """Read rows from CSV, TSV or parquet (or `-`), `.npy`, an image folder, idx file or named set, PLINK or VCF.
 
     Of tables, all numeric and genotype columns are data but those in `labels`, or exactly `columns`, in that order.
-    `alleles` are those of an earlier reading; `every` thins the variants of genotype files. Raises InputError in one
+    `alleles` are those of an earlier reading; `every` thins the variants of genotype files. `on_rows` is told
+    the rows read of a large table, and of how many. Raises InputError in one
     line that names file and column; see `clean` for what is checked of the values.
     """
     path = Path(source)
@@ -101,7 +103,7 @@ def read_rows(
         raise InputError(f"{source} is a single image: name the folder of all images")
     else:
         chosen = None if columns is None else tuple(columns)
-        return _table(source, chosen, tuple(labels), alleles or {}, stream)
+        return _table(source, chosen, tuple(labels), alleles or {}, stream, on_rows)
     return rows if columns is None else select(rows, columns)
 
 
@@ -204,9 +206,10 @@ def _table(
     labels: tuple[str, ...],
     alleles: Mapping[str, str],
     stream: BinaryIO | None,
+    on_rows: Callable[[int, int], None],
 ) -> Rows:
     if source != "-" and is_large(Path(source)):
-        values, names, other = stream_table(Path(source), columns, labels)
+        values, names, other = stream_table(Path(source), columns, labels, on_rows)
         return Rows(values, names, other, source=source)
     frame = read_table(source, stream)
     unknown = [name for name in (*(columns or ()), *labels) if name not in frame.columns]

@@ -87,11 +87,13 @@ class Trained:
         return model
 
 
-def read_latent(source: str, options: LatentOptions) -> Rows:
+def read_latent(
+    source: str, options: LatentOptions, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> Rows:
     """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
     check_latent(options)
     kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by) if name))
-    rows = clean(read_rows(source, labels=kept))
+    rows = clean(read_rows(source, labels=kept, on_rows=on_rows))
     for name in kept:
         if rows.other is None or name not in rows.other.columns:
             rows.labels(name)  # says which there are

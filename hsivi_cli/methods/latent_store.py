@@ -1,6 +1,7 @@
 """Latent-variable fits on disk: opened again for new rows and for fantasies, without the rows they were fitted to."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _restore(tree: dict[str, Any], report: dict[str, Any]) -> OpenedLatent:
     )
 
 
-def read_new_rows(opened: OpenedLatent, source: str) -> tuple[Rows, Float[Tensor, "n D"]]:
+def read_new_rows(
+    opened: OpenedLatent, source: str, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Rows, Float[Tensor, "n D"]]:
     """Rows for a fit, its columns in its order. Raises InputError for what is missing or impossible."""
     # images of another size have other columns, and would be told so pixel by pixel
     rows = read_rows(source, alleles=opened.alleles) if opened.shape else None
@@ -112,7 +115,7 @@ def read_new_rows(opened: OpenedLatent, source: str) -> tuple[Rows, Float[Tensor
         had, have = (f"{shape[0]}x{shape[1]}" for shape in (opened.shape, rows.shape))
         raise InputError(f"{source} holds images of {have}, the fit is of {had}")
     if rows is None or rows.shape is None:
-        rows = read_rows(source, columns=opened.columns, alleles=opened.alleles)
+        rows = read_rows(source, columns=opened.columns, alleles=opened.alleles, on_rows=on_rows)
     x = rows.tensor()
     try:
         opened.model.likelihood.check(x, opened.columns)
