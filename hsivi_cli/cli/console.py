@@ -111,7 +111,7 @@ class _Lines:
 
 @contextmanager
 def progress(title: str, total: int, lines: bool = False) -> Iterator[Advance]:
-    """A bar on stderr where that is a terminal, elsewhere nothing, or `lines` if it takes long; yields what moves it."""
+    """A bar on stderr where that is a terminal, elsewhere nothing, or `lines` where it takes long; yields its mover."""
     if lines and not sys.stderr.isatty():
         yield Advance(_Lines(title, total))
         return

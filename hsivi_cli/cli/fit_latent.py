@@ -55,13 +55,15 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
     from hsivi_cli.methods.latent_fit import in_order, latents_of, prepare, read_latent, train
     from hsivi_cli.methods.latent_report import report_on_fit
     from hsivi_cli.methods.latent_store import digest_of, save_latent, settings_of
-    from hsivi_cli.methods.posterior_store import fit_directory
+    from hsivi_cli.methods.posterior_store import check_save, fit_directory
     from hsivi_cli.targets.source import Source
 
     if source is None:
         raise InputError("no rows: name a CSV, parquet, .npy, idx, PLINK or VCF file, an image folder, or digits")
     options.resolve_device("cpu", wanted.threads)
     destination = open_table(wanted.out, wanted.force) if wanted.out else None
+    if wanted.save is not None:
+        check_save(wanted.save, wanted.resume)  # before a large table is read
     if wanted.plot is not None:
         check_plot_path(wanted.plot, wanted.force)
     with console.guarded_stdout():
@@ -165,7 +167,7 @@ def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> Non
     prior = f"{model.clusters} clusters" if model.clusters else model.prior
     console.story(
         f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
-        f"{model.latent} latents, prior {prior}"
+        f"{model.latent} latent{'s' if model.latent > 1 else ''}, prior {prior}"
     )
 
 

@@ -54,6 +54,7 @@ def _latents(path: Path, observe: str, n: int, seed: int, out: str | None, force
         opened = open_latent(path)
         with console.progress("reading", 1, lines=True) as bar:
             rows, x = read_new_rows(opened, observe, bar.to)
+        _tell_gaps(opened, x)
         far = _far(opened, x)
         if far:
             console.warn(
@@ -121,6 +122,18 @@ def _fantasies(
         console.result_json({"fit": str(path), "n": n, "seed": seed, "out": wanted})
     else:
         console.result_line(wanted)
+
+
+def _tell_gaps(opened: "OpenedLatent", x: Any) -> None:
+    missing = x.isnan()
+    rows, empty = int(missing.any(1).sum()), int(missing.all(1).sum())
+    if rows and not opened.gaps:
+        console.warn(
+            f"{rows} of {len(x)} rows lack numbers, and the fit has seen none that do: its encoder was never taught to "
+            "leave them out; fit to rows with gaps for such rows"
+        )
+    if empty:
+        console.warn(f"{empty} of {len(x)} rows have no number at all: their latents say nothing")
 
 
 def _far(opened: "OpenedLatent", x: Any) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.genotypes import count_letters, is_genotype_file, letters_of, read_genotypes
+from hsivi_cli.io.genotypes import count_letters, is_genotype_file, letters_of, odd_letters, read_genotypes
 from hsivi_cli.io.images import IMAGE_SUFFIXES, NAMED_SETS, image_set, read_idx, read_images
 from hsivi_cli.io.row_streams import is_large, stream_table
 from hsivi_cli.io.tables import read_table
@@ -226,10 +226,18 @@ def _table(
         if series.dtype.kind in "iufb" or series.isna().all():
             data.append(column)
         elif column in alleles or letters_of(series) is not None:
-            counted[column], letters[column] = count_letters(series, column, alleles.get(column))
+            try:
+                counted[column], letters[column] = count_letters(series, column, alleles.get(column))
+            except InputError as err:
+                raise InputError(f"{name}: {err}") from err
             data.append(column)
         elif columns is not None or _mostly_numbers(series):
             raise InputError(_text_complaint(series, column, name))
+        elif (row := odd_letters(series)) is not None:
+            raise InputError(
+                f'{name}: column "{column}", row {row + 1} is "{str(series.iloc[row])[:40]}", not a pair of letters of '
+                "A, C, G, T: mend it, leave the cell empty where it is missing, or name the column with --color-by"
+            )
     if not data:
         raise InputError(f"{name} has no column of numbers or genotypes")
     values = np.empty((len(frame), len(data)), np.float32)

@@ -26,7 +26,8 @@ from hsivi_cli.targets.latent import LatentModel, LatentTask, ModelConfig, build
 class OpenedLatent:
     """A fit: what draws latents, the model, the columns a row must have, and the report beside it.
 
-    `seen` are the least and the largest number (D,) of each column that the fit has seen; None where none can be far.
+    `gaps`: whether numbers were missing in the rows it was fitted to. `seen` are the least and the largest number (D,)
+    of each column that the fit has seen; None where none can be far.
     """
 
     name: str
@@ -37,6 +38,7 @@ class OpenedLatent:
     kind: str
     alleles: dict[str, str]
     seen: tuple[Tensor, Tensor] | None
+    gaps: bool
     report: dict[str, Any]
 
 
@@ -66,6 +68,7 @@ def save_latent(directory: Path, trained: Trained, prepared: Prepared, report: d
         "shape": None if rows.shape is None else list(rows.shape),
         "kind": rows.kind,
         "alleles": dict(rows.alleles),
+        "gaps": prepared.gaps,
         "seen": [torch.from_numpy(edge(rows.values, 0)) for edge in (np.nanmin, np.nanmax)] if gaussian else None,
         "levels": list(trained.model.likelihood.levels),
         "labelled": prepared.labels is not None and trained.name == "ddvi",
@@ -78,7 +81,11 @@ def open_latent(path: Path) -> OpenedLatent:
     if not (path / STATE).is_file():
         raise InputError(f"{path} holds an unfinished fit: go on with its command and --resume")
     try:
-        return _restore(load_checkpoint(path / STATE), read_json(path / REPORT))
+        tree, report = load_checkpoint(path / STATE), read_json(path / REPORT)
+    except InputError as err:
+        raise InputError(f"{err}: its command with --resume writes it anew from the checkpoint") from err
+    try:
+        return _restore(tree, report)
     except (KeyError, TypeError, RuntimeError) as err:
         raise InputError(f"{path / STATE} is damaged, or of another version ({str(err)[:80]}): fit again") from err
 
@@ -101,6 +108,7 @@ def _restore(tree: dict[str, Any], report: dict[str, Any]) -> OpenedLatent:
         tree["kind"],
         dict(tree["alleles"]),
         (seen[0], seen[1]) if seen else None,
+        bool(tree["gaps"]),
         report,
     )
 
