@@ -59,17 +59,20 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
     from hsivi_cli.methods.latent_fit import in_order, latents_of, prepare, read_latent, train
     from hsivi_cli.methods.latent_report import report_on_fit
     from hsivi_cli.methods.latent_store import digest_of, save_latent, settings_of
-    from hsivi_cli.methods.posterior_store import fit_directory
+    from hsivi_cli.methods.posterior_store import check_save, fit_directory
     from hsivi_cli.targets.source import Source
 
     if source is None:
         raise InputError("no rows: name a CSV, parquet, .npy, idx, PLINK or VCF file, an image folder, or digits")
     options.resolve_device("cpu", wanted.threads)
     destination = open_table(wanted.out, wanted.force) if wanted.out else None
+    if wanted.save is not None:
+        check_save(wanted.save, wanted.resume)  # before a large table is read
     if wanted.plot is not None:
         check_plot_path(wanted.plot, wanted.force)
     with console.guarded_stdout():
-        rows = read_latent(source, settings)
+        with console.progress("reading", 1, lines=True) as bar:
+            rows = read_latent(source, settings, bar.to)
         digest = digest_of(rows)
         prepared = prepare(rows, settings)
         for fact in prepared.facts:
@@ -92,7 +95,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 save_latent(directory, fits[0], prepared, tree)
         latents = None
         if destination is not None or wanted.plot is not None:
-            with console.progress("latents", len(rows)) as bar:
+            with console.progress("latents", len(rows), lines=True) as bar:
                 first = fits[0]
                 shown = wanted.draws or (1 if wanted.plot is not None else 0)
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)
@@ -169,7 +172,7 @@ def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> Non
     prior = "normal" if name == "pca" else prior
     console.story(
         f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
-        f"{model.latent} latents, prior {prior}"
+        f"{model.latent} latent{'s' if model.latent > 1 else ''}, prior {prior}"
     )
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,14 +92,26 @@ class Trained:
         return model
 
 
-def read_latent(source: str, options: LatentOptions) -> Rows:
+def read_latent(
+    source: str, options: LatentOptions, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> Rows:
     """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
     check_latent(options)
     kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by, options.group_by) if name))
-    rows = clean(read_rows(source, options.columns or None, kept))
+    rows = clean(read_rows(source, options.columns or None, kept, on_rows=on_rows))
     for name in kept:
         if rows.other is None or name not in rows.other.columns:
             rows.labels(name)  # says which there are
+    beside = [str(name) for name in rows.other.columns if name not in kept] if rows.other is not None else []
+    if (beside and rows.kind == "numbers") or len(beside) > 1:
+        shown = ", ".join(beside[:4]) + (f" and {len(beside) - 4} more" if len(beside) > 4 else "")
+        count = "column is" if len(beside) == 1 else "columns are"
+        fact = f"{len(beside)} {count} text, not fitted but written beside the latents: {shown}"
+        rows = replace(rows, facts=(*rows.facts, fact))
+    if options.clusters is not None and options.clusters > len(rows):
+        raise InputError(
+            f"--clusters {options.clusters} is more than the {len(rows)} rows of {rows.source}: choose fewer"
+        )
     if options.latent > rows.values.shape[1]:
         raise InputError(
             f"--latent {options.latent} is more than the {rows.values.shape[1]} columns of {rows.source}: choose fewer"
@@ -110,6 +122,8 @@ def read_latent(source: str, options: LatentOptions) -> Rows:
 def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     """Split the rows (the memory of `rows` is reordered), read the labels, choose the model. Raises InputError."""
     labels, label_names = rows.labels(options.labels) if options.labels else (None, ())
+    if labels is not None:
+        _check_labels(rows, str(options.labels), labels, len(label_names))
     column = options.color_by or options.labels
     colors, names = rows.labels(column) if column else (None, ())
     model, facts = model_config(options, rows, len(label_names))
@@ -127,7 +141,7 @@ def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     order = _move_to_end(rows.values, held, options.seed)
     places = torch.from_numpy(order)
     labels, colors = (None if codes is None else codes[places] for codes in (labels, colors))
-    gaps = _any_missing(rows.values)
+    gaps = any_missing(rows.values)
     if gaps:
         facts += ("values are missing: the likelihood leaves them out, the encoder is told which ones",)
     if labels is not None and held and "ddvi" in options.methods:
@@ -136,6 +150,17 @@ def prepare(rows: Rows, options: LatentOptions) -> Prepared:
         facts += (f'{options.method} learns nothing from --labels "{options.labels}": they colour and score',)
     facts = (*rows.facts, *facts)
     return Prepared(rows, count - held, order, model, labels, colors, column, names, label_names, gaps, facts)
+
+
+def _check_labels(rows: Rows, name: str, labels: Tensor, classes: int) -> None:
+    known = int((labels >= 0).sum())
+    if classes == 1:
+        raise InputError(f'--labels {name}: "{name}" of {rows.source} holds one class only: two or more are needed')
+    if classes == known > 2:
+        raise InputError(
+            f'--labels {name}: no two rows of {rows.source} share a label in "{name}", which names rows and groups '
+            f"none: choose another column, or only show it with --color-by {name}"
+        )
 
 
 def train(
@@ -282,5 +307,6 @@ def _move_to_end(values: Float[np.ndarray, "N D"], held: int, seed: int) -> Int[
     return order
 
 
-def _any_missing(values: np.ndarray) -> bool:
+def any_missing(values: Float[np.ndarray, "N D"]) -> bool:
+    """Whether any number is missing."""
     return any(bool(np.isnan(values[i : i + 65536]).any()) for i in range(0, len(values), 65536))

@@ -18,6 +18,8 @@ from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
 from hsivi_cli.methods.latent_registry import PAPER
 from hsivi_cli.methods.latent_scores import score_map
+from hsivi_cli.networks.decoders import column_scales
+from hsivi_cli.targets.likelihoods import likelihood_for
 
 MOST_TEST, MOST_JUDGED, KHAT_DRAWS = 2000, 50, 500
 """Rows held out that the likelihood is estimated on, those whose weights are judged, and draws of each of those."""
@@ -26,6 +28,8 @@ FEW, MANY = 0.1, 0.5
 """Shares of the judged rows whose k-hat may be above the limit: for trust, and for use at all."""
 WIDE_GAP = 1.0
 """Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
+MOST_SEEN = 50_000
+"""Rows trained on that columns alone are estimated from."""
 MOST_GAP = 32
 """Rows of the amortisation gap."""
 GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
@@ -36,9 +40,10 @@ GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
 class LatentReport:
     """Figures of one method on n rows: bounds in nats a row with standard errors over rows; None: there is none.
 
-    `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `explained` is the share of the variance of rows
-    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats. `clusters`
-    are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`.
+    `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `alone` is the log likelihood of columns that know
+    nothing of each other, in the same nats: what a model without latents has. `explained` is the share of the variance
+    of rows that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    `clusters` are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`.
     """
 
     method: str
@@ -50,6 +55,7 @@ class LatentReport:
     elbo: float | None
     elbo_se: float | None
     pseudo_elbo: float | None
+    alone: float
     explained: float
     used: int
     latent: int
@@ -98,6 +104,7 @@ def report_on_fit(
     used = collapse(latents.mean.float() / scale, latents.sd.float() / scale).active
     with torch.no_grad():
         rebuilt = model.reconstruct(latents.draws[0].to(model.like())).float()
+    alone = columns_alone(prepared, x)
     scores, clusters = score_map(trained, prepared, latents, seed)
     if gap and trained.name in GAUSSIAN:
         scores["amortisation gap"] = _amortisation_gap(trained, x, latents, seed)
@@ -112,6 +119,7 @@ def report_on_fit(
         None if found is None else found.elbo,
         None if found is None else found.elbo_se,
         pseudo,
+        float(alone.mean()),
         _explained(x, rebuilt),
         used,
         latents.mean.shape[1],
@@ -120,7 +128,7 @@ def report_on_fit(
         clusters,
         trained.seconds,
         trained.state.step,
-        _judge(trained.name, found, khats, used, latents.mean.shape[1]),
+        _judge(trained.name, found, khats, used, latents.mean.shape[1], alone if x.shape[1] > used else None),
     )
 
 
@@ -143,9 +151,9 @@ def _explained(x: Float[Tensor, "n D"], rebuilt: Float[Tensor, "n D"]) -> float:
     """1 - squared error over variance, summed over the columns in units of each column's own spread."""
     there = ~x.isnan()
     count = there.sum(0).clamp_min(1)
-    mean = x.nan_to_num(0.0).sum(0) / count
+    mean = x.double().nan_to_num(0.0).sum(0) / count
     spread = (x - mean).nan_to_num(0.0).square().sum(0)
-    error = (x - rebuilt).nan_to_num(0.0).square().sum(0)
+    error = (x - rebuilt).double().nan_to_num(0.0).square().sum(0)
     moving = spread > 0
     return float(1 - (error[moving] / spread[moving]).mean()) if bool(moving.any()) else math.nan
 
@@ -163,7 +171,24 @@ def _khats(posterior: Any, x: Float[Tensor, "n D"], seed: int) -> tuple[float, .
     return tuple(found)
 
 
-def _judge(method: str, found: Bounds | None, khats: tuple[float, ...], used: int, latent: int) -> Verdict:
+def columns_alone(prepared: Prepared, x: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+    """Log likelihood of rows under the columns' own means (shares) and noise in rows trained on, float64."""
+    seen, x = prepared.values[: min(prepared.train, MOST_SEEN)].double(), x.double()
+    likelihood = likelihood_for(prepared.model.likelihood, seen)
+    sd = column_scales(seen)[1]
+    if prepared.model.noise == "shared":
+        sd = sd.square().mean(0, keepdim=True).sqrt()
+    return likelihood.log_prob(likelihood.base(seen).expand(len(x), -1), x, sd.log())
+
+
+def _judge(
+    method: str,
+    found: Bounds | None,
+    khats: tuple[float, ...],
+    used: int,
+    latent: int,
+    alone: Float[Tensor, " n"] | None = None,
+) -> Verdict:
     """Weights carry the verdict: where most rows' weights have a tail that cannot be corrected, nothing is left."""
     findings: list[tuple[Level, str]] = []
     if method == PAPER:
@@ -176,6 +201,9 @@ def _judge(method: str, found: Bounds | None, khats: tuple[float, ...], used: in
         findings.append(("care", f"collapsed: none of the {latent} latents varies with the row, the map says nothing"))
     elif 2 * used <= latent:
         findings.append(("care", f"collapsed: {used} of {latent} latents vary with the row"))
+    if found is not None and used and alone is not None and found.iwae <= float(alone.mean()):
+        text = f"IWAE-{found.draws} is {found.iwae:.2f} nats, and columns that know nothing of each other have"
+        findings.append(("care", f"the latents tell nothing of these rows: {text} {float(alone.mean()):.2f}"))
     order = ("trust", "care", "no")
     level = max((level for level, _ in findings), key=order.index)
     reasons = tuple(text for own, text in findings if own == level)

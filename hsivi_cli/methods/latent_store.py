@@ -1,6 +1,7 @@
 """Latent-variable fits on disk: opened again for new rows and for fantasies, without the rows they were fitted to."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from hsivi_cli.targets.latent import LatentModel, LatentTask, ModelConfig, build
 class OpenedLatent:
     """A fit: what draws latents, the model, the columns a row must have, and the report beside it.
 
-    `seen` are the least and the largest number (D,) of each column that the fit has seen; None where none can be far.
+    `gaps`: whether numbers were missing in the rows it was fitted to. `seen` are the least and the largest number (D,)
+    of each column that the fit has seen; None where none can be far.
     """
 
     name: str
@@ -36,6 +38,7 @@ class OpenedLatent:
     kind: str
     alleles: dict[str, str]
     seen: tuple[Tensor, Tensor] | None
+    gaps: bool
     report: dict[str, Any]
 
 
@@ -66,6 +69,7 @@ def save_latent(directory: Path, trained: Trained, prepared: Prepared, report: d
         "shape": None if rows.shape is None else list(rows.shape),
         "kind": rows.kind,
         "alleles": dict(rows.alleles),
+        "gaps": prepared.gaps,
         "seen": [torch.from_numpy(edge(rows.values, 0)) for edge in (np.nanmin, np.nanmax)] if gaussian else None,
         "levels": list(trained.model.likelihood.levels),
         "labelled": prepared.labels is not None and trained.name == "ddvi",
@@ -78,7 +82,11 @@ def open_latent(path: Path) -> OpenedLatent:
     if not (path / STATE).is_file():
         raise InputError(f"{path} holds an unfinished fit: go on with its command and --resume")
     try:
-        return _restore(load_checkpoint(path / STATE), read_json(path / REPORT))
+        tree, report = load_checkpoint(path / STATE), read_json(path / REPORT)
+    except InputError as err:
+        raise InputError(f"{err}: its command with --resume writes it anew from the checkpoint") from err
+    try:
+        return _restore(tree, report)
     except (KeyError, TypeError, RuntimeError) as err:
         raise InputError(f"{path / STATE} is damaged, or of another version ({str(err)[:80]}): fit again") from err
 
@@ -101,11 +109,14 @@ def _restore(tree: dict[str, Any], report: dict[str, Any]) -> OpenedLatent:
         tree["kind"],
         dict(tree["alleles"]),
         (seen[0], seen[1]) if seen else None,
+        bool(tree["gaps"]),
         report,
     )
 
 
-def read_new_rows(opened: OpenedLatent, source: str) -> tuple[Rows, Float[Tensor, "n D"]]:
+def read_new_rows(
+    opened: OpenedLatent, source: str, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Rows, Float[Tensor, "n D"]]:
     """Rows for a fit, its columns in its order. Raises InputError for what is missing or impossible."""
     # images of another size have other columns, and would be told so pixel by pixel
     rows = read_rows(source, alleles=opened.alleles) if opened.shape else None
@@ -113,7 +124,7 @@ def read_new_rows(opened: OpenedLatent, source: str) -> tuple[Rows, Float[Tensor
         had, have = (f"{shape[0]}x{shape[1]}" for shape in (opened.shape, rows.shape))
         raise InputError(f"{source} holds images of {have}, the fit is of {had}")
     if rows is None or rows.shape is None:
-        rows = read_rows(source, columns=opened.columns, alleles=opened.alleles)
+        rows = read_rows(source, columns=opened.columns, alleles=opened.alleles, on_rows=on_rows)
     x = rows.tensor()
     try:
         opened.model.likelihood.check(x, opened.columns)

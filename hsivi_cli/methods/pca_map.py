@@ -75,9 +75,6 @@ def init(target: LatentTask, config: Config) -> State:
         raise InputError(f"--latent {dim}: PCA of {rows.shape[1]} columns has 1 to {rows.shape[1]} components")
     if len(rows) < 2:
         raise InputError("PCA needs two rows or more")
-    if bool(rows.isnan().all(1).any()):
-        row = int(rows.isnan().all(1).nonzero()[0])
-        raise InputError(f"row {row + 1} has no number: leave it out")
     mean, sd = (part.double() for part in column_scales(rows.double()))
     scale = sd if config.standardise else torch.ones_like(sd)
     values, vectors, total = _leading(rows, mean, scale, dim)
