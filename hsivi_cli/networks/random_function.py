@@ -22,6 +22,8 @@ Covariance = Literal["none", "diagonal", "full", "shared"]
 Normalise = Literal["layer", "scale", "none"]
 """LayerNorm over the root of the width, the root of the width alone (Gaussian features of unit size), or nothing."""
 LOWEST_LOG_SD, HIGHEST_LOG_SD, MOST_S = -7.0, 2.0, 1.0
+NUMBERS_AT_ONCE = 250_000
+"""Of the products of features and factors of a full covariance."""
 INITIAL_SHARE = 0.05
 """q(W) begins with this share of the prior's standard deviation."""
 INITIAL_MEAN = 0.3
@@ -91,8 +93,13 @@ class RandomHead(nn.Module):
             return mean, torch.zeros_like(mean)
         if self.prior.covariance == "diagonal":
             return mean, psi**2 @ (2 * self.log_sd).exp().T
-        projected = torch.einsum("...p,rpq->...rq", psi, self.factor())
-        return mean, (projected**2).sum(-1).expand_as(mean)
+        factors = self.factor().transpose(0, 1).flatten(1)  # (p, r p): one product serves all outputs
+        # blocks of rows, whose products fit into a cache: (n, r, p) numbers would be fetched from memory
+        blocks = [
+            (part @ factors).square().unflatten(-1, (-1, self.features)).sum(-1)
+            for part in psi.flatten(0, -2).split(max(1, NUMBERS_AT_ONCE // factors.shape[1]))
+        ]
+        return mean, torch.cat(blocks).unflatten(0, psi.shape[:-1]).expand_as(mean)
 
     def kl(self) -> Float[Tensor, ""]:
         """`KL(q(W) || p(W))` in nats; zero for an ordinary head."""
