@@ -93,13 +93,13 @@ class RandomHead(nn.Module):
             return mean, torch.zeros_like(mean)
         if self.prior.covariance == "diagonal":
             return mean, psi**2 @ (2 * self.log_sd).exp().T
-        factors = self.factor().transpose(0, 1).flatten(1)  # (p, r p): one product serves all outputs
-        # blocks of rows, whose products fit into a cache: (n, r, p) numbers would be fetched from memory
-        blocks = [
-            (part @ factors).square().unflatten(-1, (-1, self.features)).sum(-1)
-            for part in psi.flatten(0, -2).split(max(1, NUMBERS_AT_ONCE // factors.shape[1]))
-        ]
-        return mean, torch.cat(blocks).unflatten(0, psi.shape[:-1]).expand_as(mean)
+        # one product serves all outputs; in blocks of rows that fit a cache, as n r p numbers do not
+        factors = self.factor()
+        r, p, _ = factors.shape
+        together = factors.transpose(0, 1).reshape(p, r * p)
+        blocks = psi.reshape(-1, p).split(max(1, NUMBERS_AT_ONCE // (r * p)))
+        v = torch.cat([(block @ together).square().unflatten(-1, (r, p)).sum(-1) for block in blocks])
+        return mean, v.reshape(*psi.shape[:-1], r).expand_as(mean)
 
     def kl(self) -> Float[Tensor, ""]:
         """`KL(q(W) || p(W))` in nats; zero for an ordinary head."""
