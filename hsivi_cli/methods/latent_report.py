@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hsivi_cli.errors import RunError
 from hsivi_cli.evaluation.latent_metrics import (
     RUN_BANDWIDTHS,
     Bounds,
+    Paired,
     bounds,
     cluster_scores,
     collapse,
@@ -22,6 +23,7 @@ from hsivi_cli.evaluation.latent_metrics import (
     kmeans_clusters,
     knn_accuracy,
     latent_nll,
+    paired,
 )
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
@@ -37,7 +39,7 @@ WIDE_GAP = 1.0
 """Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
 MOST_SCORED, MOST_CLASSES, MOST_GAP, PRIOR_DRAWS = 5000, 100, 32, 5000
 """Rows trained on that a map is scored with, classes scored, rows of the amortisation gap, points of an NLL."""
-GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
+GAUSSIAN = ("gpvae", "gpvae-fg", "vae", "iwae", "sa-vae", "vae-decay")
 """Methods whose amortisation gap means something: the best of a search is of their own family."""
 
 
@@ -46,7 +48,8 @@ class LatentReport:
     """Figures of one method on n rows: bounds in nats a row with standard errors over rows; None: there is none.
 
     `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `explained` is the share of the variance of rows
-    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats. `bounds` are
+    the rows' own, not part of the JSON.
     """
 
     method: str
@@ -66,10 +69,16 @@ class LatentReport:
     seconds: float
     steps: int
     verdict: Verdict
+    bounds: Bounds | None = None
+
+    def less(self, other: "LatentReport") -> Paired | None:
+        """Paired differences of the bounds to those of another method; None where one of the two has none."""
+        return None if self.bounds is None or other.bounds is None else paired(self.bounds, other.bounds)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        fields = asdict(self)
+        fields = asdict(replace(self, bounds=None))
+        del fields["bounds"]
         fields["verdict"] = {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}
         khats = np.array(self.khats or (math.nan,))
         above = float((khats > KHAT_BAD).mean()) if self.khats else None
@@ -127,6 +136,7 @@ def report_on_fit(
         trained.seconds,
         trained.state.step,
         _judge(trained.name, found, khats, used, latents.mean.shape[1]),
+        found,
     )
 
 
