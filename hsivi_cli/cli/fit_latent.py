@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 fits.append(trained)
             tree = reports[0].to_json() | _compared(reports)
             if wanted.save is not None:
-                save_latent(directory, fits[0], prepared, tree)
+                save_latent(directory, fits[0], prepared, tree, settings.binarise)
         latents = None
         if destination is not None or wanted.plot is not None:
             with console.progress("latents", len(rows), lines=True) as bar:
@@ -165,19 +165,28 @@ def write_frame(destination: "DrawDestination", frame: Any) -> bytes | None:
 
 
 def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> None:
-    from hsivi_cli.methods.latent_registry import METHODS
+    from hsivi_cli.methods.latent_registry import METHODS, only
 
     model = prepared.model
+    own = only(settings, name).settings
+    words = METHODS[name].words + (f" ({', '.join(own)})" if own else "")
     prior = f"{model.clusters} clusters" if model.clusters else model.prior
     prior = "normal" if name == "pca" else prior
     console.story(
-        f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
+        f"{name}: {words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
         f"{model.latent} latent{'s' if model.latent > 1 else ''}, prior {prior}"
     )
 
 
 def _compared(reports: "list[LatentReport]") -> dict[str, Any]:
-    return {"compared": [report.to_json() for report in reports]} if len(reports) > 1 else {}
+    """Each method's figures, with its paired differences to the first one's."""
+    if len(reports) == 1:
+        return {}
+    first = reports[0]
+    against = [None if report is first else report.less(first) for report in reports]
+    found = [None if less is None else {"method": first.method} | asdict(less) for less in against]
+    trees = [report.to_json() | {"less": less} for report, less in zip(reports, found, strict=True)]
+    return {"compared": trees}
 
 
 def _plot(
@@ -223,6 +232,7 @@ def _print(reports: "list[LatentReport]") -> None:
         "method",
         "true ELBO",
         f"IWAE-{first.iwae_samples}",
+        *((f"less {first.method}'s",) if len(reports) > 1 else ()),
         *scores,
         "explained",
         "in use",
@@ -234,7 +244,14 @@ def _print(reports: "list[LatentReport]") -> None:
         high = "-"
         if report.khats:
             high = f"{sum(khat > 0.7 for khat in report.khats) / len(report.khats):.0%}"
-        cells = (report.method, _figure(report.elbo, report.elbo_se), _figure(report.iwae, report.iwae_se))
+        cells: tuple[str, ...] = (
+            report.method,
+            _figure(report.elbo, report.elbo_se),
+            _figure(report.iwae, report.iwae_se),
+        )
+        if len(reports) > 1:
+            less = None if report is first else report.less(first)
+            cells += ("-" if less is None else _figure(less.iwae, less.iwae_se, "+"),)
         own = tuple(f"{report.scores[name]:.3f}" if name in report.scores else "-" for name in scores)
         more = (f"{report.explained:.1%}", f"{report.used} of {report.latent}", high, f"{report.seconds:.1f}")
         lines.append((*cells, *own, *more))
@@ -247,6 +264,10 @@ def _print(reports: "list[LatentReport]") -> None:
 
         widths = ", ".join(f"{width:g}" for width in RUN_BANDWIDTHS)
         console.result_line(f"latent NLL: of draws of the prior under kernels on the latents, bandwidths {widths}")
+    if any(report.less(first) is not None for report in reports[1:]):
+        console.result_line(
+            f"less {first.method}'s: IWAE row by row, s.e. over rows; another --seed may change it by more"
+        )
     for report in reports:
         if report.pseudo_elbo is not None:
             console.result_line(f"{report.method}: what it calls an ELBO is {report.pseudo_elbo:.3f}, not a bound")
@@ -266,7 +287,7 @@ def _print_clusters(reports: "list[LatentReport]") -> None:
         console.result_line("")
 
 
-def _figure(value: float | None, error: float | None) -> str:
+def _figure(value: float | None, error: float | None, sign: str = "") -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" + (f" ({error:.2g})" if error is not None and not math.isnan(error) else "")
+    return f"{value:{sign}.3f}" + (f" ({error:.2g})" if error is not None and not math.isnan(error) else "")

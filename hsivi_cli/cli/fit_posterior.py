@@ -36,17 +36,8 @@ METHODS = (
     "hsivi-sm",
 )
 LATENT_METHODS = (
-    "ddvi",
-    "gpvae",
-    "vae",
-    "iwae",
-    "iaf",
-    "nsf",
-    "hierarchical",
-    "aae",
-    "sa-vae",
-    "vae-decay",
-    "pca",
+    *("ddvi", "gpvae", "gpvae-fg", "vae", "iwae", "iaf", "nsf"),
+    *("hierarchical", "aae", "sa-vae", "vae-decay", "pca"),
 )
 AMORTISED_ONLY = ("npe", "wake", "defensive-wake", "msc")
 DEFAULT_DRAWS = 4000
@@ -163,6 +154,16 @@ def fit_posterior(
         float | None,
         typer.Option("--hold-out", help="Of --model latent: share of the rows to measure on. Default: 0.1."),
     ] = None,
+    binarise: Annotated[
+        float | None, typer.Option("--binarise", help="Of --model latent: numbers count as 1 above this, else as 0.")
+    ] = None,
+    fields_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Of --model latent: a method's own setting, as kappa=0.1 or vae-decay.weight_decay=1; may repeat.",
+        ),
+    ] = None,
     covariance: Annotated[
         str, typer.Option("--covariance", help="Of --method vi: full-rank or mean-field.")
     ] = "full-rank",
@@ -241,6 +242,7 @@ def fit_posterior(
         "iwae": iwae,
     }
     of_latents |= {"group_by": group_by, "columns": columns, "noise": noise, "hold_out": hold_out}
+    of_latents |= {"binarise": binarise, "settings": tuple(fields_set) if fields_set else None}
     of_amortised: dict[str, Any] = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if model == "latent":
         from hsivi_cli.cli.fit_latent import fit_latent, options_from
@@ -262,7 +264,7 @@ def fit_posterior(
         return
     for name, value in (of_latents | {"compare": compare}).items():
         if value is not None:
-            flag = name.replace("_", "-")
+            flag = "set" if name == "settings" else name.replace("_", "-")
             raise InputError(f"--{flag} goes with --model latent: add it, or leave --{flag} out")
     if method in LATENT_METHODS:
         raise InputError(f"--method {method} is for rows with latents: add --model latent")

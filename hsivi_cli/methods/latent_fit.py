@@ -15,7 +15,7 @@ from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError, InterruptError
 from hsivi_cli.io.latent_draws import LatentDraws
-from hsivi_cli.io.rows import Rows, clean, read_rows
+from hsivi_cli.io.rows import Rows, binarise, clean, read_rows
 from hsivi_cli.io.run_directory import CHECKPOINT
 from hsivi_cli.methods.ddvi_classes import assign
 from hsivi_cli.methods.latent_registry import (
@@ -98,7 +98,8 @@ def read_latent(
     """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
     check_latent(options)
     kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by, options.group_by) if name))
-    rows = clean(read_rows(source, options.columns or None, kept, on_rows=on_rows))
+    rows = read_rows(source, options.columns or None, kept, on_rows=on_rows)
+    rows = clean(rows if options.binarise is None else binarise(rows, options.binarise))
     for name in kept:
         if rows.other is None or name not in rows.other.columns:
             rows.labels(name)  # says which there are
@@ -130,7 +131,8 @@ def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     try:
         likelihood_for(model.likelihood, rows.tensor(), rows.columns)
     except InputError as err:
-        raise InputError(f"{rows.source}: {err}") from err
+        hint = " (--binarise 0.5 makes it so)" if model.likelihood == "bernoulli" else ""
+        raise InputError(f"{rows.source}: {err}{hint}") from err
     count = len(rows)
     held = min(round(options.hold_out * count), MOST_HELD_OUT, count - 2)
     if options.hold_out and held < 1:

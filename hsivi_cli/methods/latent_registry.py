@@ -15,6 +15,7 @@ import numpy as np
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.rows import Rows
 from hsivi_cli.methods import adversarial, ddvi, ddvi_paper, flow_posterior, gpvae, hierarchical, pca_map, vae
+from hsivi_cli.methods.latent_settings import of_method, parse_settings
 from hsivi_cli.targets.latent import ModelConfig
 from hsivi_cli.targets.latent_priors import PRIORS
 from hsivi_cli.targets.likelihoods import LIKELIHOODS
@@ -48,6 +49,7 @@ class Entry:
 METHODS: dict[str, Entry] = {
     "ddvi": Entry(ddvi, 5000, {}, "a diffusion model of the latents as the posterior"),
     "gpvae": Entry(gpvae, 5000, {}, "a Gaussian whose mean is a random function of the row"),
+    "gpvae-fg": Entry(gpvae, 5000, {"functions": "f+g"}, "a Gaussian whose mean and spread are random functions"),
     "vae": Entry(vae, 5000, {}, "a Gaussian"),
     "iwae": Entry(vae, 5000, {"objective": "iwae", "samples": IWAE_SAMPLES}, "a Gaussian, importance-weighted"),
     "iaf": Entry(flow_posterior, 5000, {"flow": "iaf"}, "an inverse autoregressive flow"),
@@ -66,7 +68,10 @@ NAMES = tuple(name for name in METHODS if name != PAPER)
 
 @dataclass(frozen=True)
 class LatentOptions:
-    """What the user asked for, plain JSON; None leaves a choice to the rows and the method."""
+    """What the user asked for, plain JSON; None leaves a choice to the rows and the method.
+
+    `settings` are those of `parse_settings`. A row's number counts as 1 above `binarise`, else as 0.
+    """
 
     method: str = "ddvi"
     latent: int = 2
@@ -84,6 +89,8 @@ class LatentOptions:
     iwae: int = 64
     hold_out: float = 0.1
     compare: tuple[str, ...] = ()
+    binarise: float | None = None
+    settings: tuple[str, ...] = ()
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -101,6 +108,9 @@ def check_latent(options: LatentOptions) -> None:
         raise InputError(f"--prior {options.prior}: --model latent knows {', '.join(PRIORS)}")
     if options.family is not None and options.family not in LIKELIHOODS:
         raise InputError(f"--family {options.family}: --model latent knows {', '.join(LIKELIHOODS)}")
+    if options.binarise is not None and options.family not in (None, "bernoulli"):
+        raise InputError(f"--binarise makes every number 0 or 1: leave --family {options.family} out")
+    parse_settings(options.settings, options.method, {name: METHODS[name].module.Config for name in options.methods})
     if options.prior is not None and options.clusters is not None:
         raise InputError("--prior and --clusters exclude each other: clusters are a prior of their own")
     if options.noise not in (None, "column", "shared"):
@@ -137,7 +147,8 @@ def guess_family(rows: Rows) -> tuple[str, str]:
 
 def model_config(options: LatentOptions, rows: Rows, classes: int) -> tuple[ModelConfig, tuple[str, ...]]:
     """The model that all methods share, and lines to tell the user; `classes` is how many labels there are (or 0)."""
-    family, line = (options.family, "") if options.family else guess_family(rows)
+    given = options.family or (options.binarise is not None and "bernoulli")
+    family, line = (given, "") if given else guess_family(rows)
     facts = [f"likelihood {line}"] if line else []
     clusters, prior = options.clusters or 0, options.prior or "normal"
     if "ddvi" in options.methods and classes and options.prior is None and not clusters:
@@ -162,9 +173,11 @@ def method_config(name: str, options: LatentOptions, model: ModelConfig, gaps: b
     entry = METHODS[name]
     steps = options.steps or entry.steps
     fields: dict[str, Any] = {"seed": options.seed, "steps": steps} | dict(entry.changes)
+    own = parse_settings(options.settings, options.method, {name: entry.module.Config})[name]
     if name == "pca":
         # columns of a table have units of their own, pixels do not
-        return pca_map.Config(**(fields | {"steps": steps if gaps else 1, "standardise": model.noise == "column"}))
+        fields |= {"steps": steps if gaps else 1, "standardise": model.noise == "column"}
+        return pca_map.Config(**(fields | own))
     if options.lr is not None:
         fields["lr"] = options.lr
     if name != PAPER:
@@ -175,7 +188,7 @@ def method_config(name: str, options: LatentOptions, model: ModelConfig, gaps: b
         fields["sleep_first"] = SLEEP_FIRST
     if name == "ddvi" and model.clusters and not options.labels:
         fields["gamma"] = CLUSTER_GAMMA
-    return entry.module.Config(**fields)
+    return entry.module.Config(**(fields | own))
 
 
 def config_to_json(config: Any) -> dict[str, Any]:
@@ -194,4 +207,4 @@ def config_from_json(name: str, tree: Mapping[str, Any]) -> Any:
 
 def only(options: LatentOptions, name: str) -> LatentOptions:
     """The options of a run of one method of a comparison."""
-    return replace(options, method=name, compare=())
+    return replace(options, method=name, compare=(), settings=of_method(options.settings, options.method, name))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import RunError
-from hsivi_cli.evaluation.latent_metrics import Bounds, ClusterScores, bounds, collapse, inference_gaps
+from hsivi_cli.evaluation.latent_metrics import Bounds, ClusterScores, Paired, bounds, collapse, inference_gaps, paired
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
@@ -32,7 +32,7 @@ MOST_SEEN = 50_000
 """Rows trained on that columns alone are estimated from."""
 MOST_GAP = 32
 """Rows of the amortisation gap."""
-GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
+GAUSSIAN = ("gpvae", "gpvae-fg", "vae", "iwae", "sa-vae", "vae-decay")
 """Methods whose amortisation gap means something: the best of a search is of their own family."""
 
 
@@ -43,7 +43,8 @@ class LatentReport:
     `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `alone` is the log likelihood of columns that know
     nothing of each other, in the same nats: what a model without latents has. `explained` is the share of the variance
     of rows that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
-    `clusters` are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`.
+    `clusters` are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`. `bounds`
+    are the rows' own, not part of the JSON.
     """
 
     method: str
@@ -65,10 +66,16 @@ class LatentReport:
     seconds: float
     steps: int
     verdict: Verdict
+    bounds: Bounds | None = None
+
+    def less(self, other: "LatentReport") -> Paired | None:
+        """Paired differences of the bounds to those of another method; None where one of the two has none."""
+        return None if self.bounds is None or other.bounds is None else paired(self.bounds, other.bounds)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        fields = asdict(self)
+        fields = asdict(replace(self, bounds=None))
+        del fields["bounds"]
         fields["verdict"] = {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}
         khats = np.array(self.khats or (math.nan,))
         above = float((khats > KHAT_BAD).mean()) if self.khats else None
@@ -129,6 +136,7 @@ def report_on_fit(
         trained.seconds,
         trained.state.step,
         _judge(trained.name, found, khats, used, latents.mean.shape[1], alone if x.shape[1] > used else None),
+        found,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, write_json
-from hsivi_cli.io.rows import Rows, read_rows
+from hsivi_cli.io.rows import Rows, binarise, read_rows
 from hsivi_cli.io.run_directory import REPORT
 from hsivi_cli.methods.latent_fit import Prepared, Trained
 from hsivi_cli.methods.latent_registry import METHODS, LatentOptions, config_from_json, config_to_json
@@ -27,7 +27,8 @@ class OpenedLatent:
     """A fit: what draws latents, the model, the columns a row must have, and the report beside it.
 
     `gaps`: whether numbers were missing in the rows it was fitted to. `seen` are the least and the largest number (D,)
-    of each column that the fit has seen; None where none can be far.
+    of each column that the fit has seen; None where none can be far. Where `binarise` is a number, those of a row count
+    as 1 above it, else as 0.
     """
 
     name: str
@@ -39,12 +40,13 @@ class OpenedLatent:
     alleles: dict[str, str]
     seen: tuple[Tensor, Tensor] | None
     gaps: bool
+    binarise: float | None
     report: dict[str, Any]
 
 
 def settings_of(options: LatentOptions) -> dict[str, Any]:
     """The options as a run directory keeps them: plain JSON; a resumed run must have the same."""
-    lists = {"compare": list(options.compare), "columns": list(options.columns)}
+    lists = {name: list(getattr(options, name)) for name in ("compare", "columns", "settings")}
     return {"latent_model": True, **asdict(options), **lists}
 
 
@@ -55,8 +57,10 @@ def digest_of(rows: Rows) -> dict[str, Any]:
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
-def save_latent(directory: Path, trained: Trained, prepared: Prepared, report: dict[str, Any]) -> None:
-    """Write what `open_latent` needs, and the report beside it."""
+def save_latent(
+    directory: Path, trained: Trained, prepared: Prepared, report: dict[str, Any], threshold: float | None = None
+) -> None:
+    """Write what `open_latent` needs, and the report beside it; `threshold` is that of `--binarise`."""
     rows, model = prepared.rows, prepared.model
     write_json(directory / REPORT, report | {"model": _plain(model.to_json())})
     gaussian = model.likelihood == "gaussian" and rows.shape is None  # other numbers cannot be far
@@ -71,6 +75,7 @@ def save_latent(directory: Path, trained: Trained, prepared: Prepared, report: d
         "alleles": dict(rows.alleles),
         "gaps": prepared.gaps,
         "seen": [torch.from_numpy(edge(rows.values, 0)) for edge in (np.nanmin, np.nanmax)] if gaussian else None,
+        "binarise": threshold,
         "levels": list(trained.model.likelihood.levels),
         "labelled": prepared.labels is not None and trained.name == "ddvi",
     }
@@ -110,6 +115,7 @@ def _restore(tree: dict[str, Any], report: dict[str, Any]) -> OpenedLatent:
         dict(tree["alleles"]),
         (seen[0], seen[1]) if seen else None,
         bool(tree["gaps"]),
+        tree.get("binarise"),
         report,
     )
 
@@ -125,6 +131,8 @@ def read_new_rows(
         raise InputError(f"{source} holds images of {have}, the fit is of {had}")
     if rows is None or rows.shape is None:
         rows = read_rows(source, columns=opened.columns, alleles=opened.alleles, on_rows=on_rows)
+    if opened.binarise is not None:
+        rows = binarise(rows, opened.binarise)
     x = rows.tensor()
     try:
         opened.model.likelihood.check(x, opened.columns)

@@ -84,6 +84,8 @@ def make_state(
     ):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be 1 or more")
+    if config.clip <= 0 or q_rate <= 0:
+        raise InputError(f"clip is {config.clip:g} and q_rate {q_rate:g}: both must be above 0")
     if min(mean.tau, log_sd.tau) <= 0:
         raise InputError(f"tau is {min(mean.tau, log_sd.tau):g}: a prior standard deviation must be above 0")
     columns = task.rows.shape[1]

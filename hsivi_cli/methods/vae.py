@@ -71,6 +71,13 @@ def init(target: LatentTask, config: Config) -> State:
     """A fresh run on a copy of the target's model. Raises InputError for numbers out of their range."""
     if not 0 <= config.dropout < 1:
         raise InputError(f"dropout is {config.dropout:g}: it is a share from 0 to below 1")
+    if config.weight_decay < 0 or config.svi_lr <= 0:
+        raise InputError(
+            f"weight_decay is {config.weight_decay:g} and svi_lr {config.svi_lr:g}: the first must be 0 or more, the "
+            "second above 0"
+        )
+    if min(config.svi_steps, config.svi_test_steps or 0, config.svi_samples - 1) < 0:
+        raise InputError("svi_steps and svi_test_steps must be 0 or more, svi_samples 1 or more")
     if config.objective == "iwae" and config.svi_train != "none":
         raise InputError("SVI steps in training go with the ELBO, not with the importance-weighted bound: choose one")
     return make_state(target, config, PLAIN, PLAIN)

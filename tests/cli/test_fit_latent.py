@@ -12,6 +12,7 @@ from PIL import Image
 
 from hsivi_cli.cli.app import main
 from hsivi_cli.methods.latent_registry import METHODS
+from hsivi_cli.methods.latent_store import open_latent
 
 FEW = ("--model", "latent", "--steps", "5", "--threads", "1")
 
@@ -102,6 +103,44 @@ def test_chosen_columns_make_a_map_of_clusters_in_groups(table, tmp_path, capsys
     assert list(ours["clusters"]) == ["prior", "k-means", "mixture"]
     assert list(pca["clusters"]) == ["k-means", "mixture"]
     assert set(pca["clusters"]["mixture"]) == {"purity", "completeness", "nmi"}
+
+
+def test_settings_reach_the_method_they_name_and_differences_are_of_the_same_rows(table, tmp_path, capsys):
+    kept = tmp_path / "G"
+    sets = ("--set", "kappa=0.5", "--set", "vae-decay.weight_decay=2", "--set", "sa-vae.svi_steps=1")
+    peers = "gpvae-fg,vae-decay,sa-vae,aae"
+    code = run(table, *FEW, "--method", "gpvae", "--compare", peers, *sets, "--save", kept, "--json")
+    found, err = capsys.readouterr()
+    assert code in (0, 3)
+    assert "(vae-decay.weight_decay=2)" in err
+    assert open_latent(kept).posterior.state.config.kappa == 0.5
+    gpvae, both, decay, svi, aae = json.loads(found)["compared"]
+    assert gpvae["less"] is None
+    assert aae["less"] is None
+    for other in (both, decay, svi):
+        assert other["less"]["method"] == "gpvae"
+        assert other["less"]["iwae"] == pytest.approx(other["iwae"] - gpvae["iwae"], abs=1e-9)
+        assert other["less"]["elbo"] == pytest.approx(other["elbo"] - gpvae["elbo"], abs=1e-9)
+        assert 0 < other["less"]["iwae_se"] < other["iwae_se"]
+    assert run(table, *FEW, "--method", "vae", "--compare", "iwae") in (0, 3)
+    assert "less vae's" in capsys.readouterr().out
+
+
+def test_numbers_are_binarised_alike_in_the_fit_and_for_new_rows(table, tmp_path, capsys):
+    fails(capsys, "--binarise 0.5 makes it so", run(table, *FEW, "--method", "vae", "--family", "bernoulli"))
+    kept, argv = tmp_path / "B", (table, *FEW, "--method", "vae", "--binarise", "0.2", "--save", tmp_path / "B")
+    assert run(*argv) in (0, 3)
+    assert open_latent(kept).model.likelihood.name == "bernoulli"
+    frame = pd.read_csv(table)
+    frame[list("abcd")] = (frame[list("abcd")] > 0.2).astype(float)
+    frame.to_csv(tmp_path / "ones.csv", index=False)
+    capsys.readouterr()
+    found = []
+    for source in (table, tmp_path / "ones.csv"):
+        assert sample(kept, "--observe", source, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["mean"])
+    assert found[0] == found[1]
+    fails(capsys, "--resume: binarise was 0.2, now 0.3", run(*argv[:-3], "0.3", "--save", kept, "--resume"))
 
 
 def test_new_rows_get_the_latents_that_the_fit_gave_them(table, fit, tmp_path, capsys):
@@ -196,6 +235,14 @@ def test_a_saved_run_is_not_overwritten_and_must_be_the_same(table, fit, capsys)
         (("--clusters", "51"), "--clusters 51 is more than the 50 rows"),
         (("--labels", "a"), "names rows and groups none"),
         (("--labels", "flat"), "one class only"),
+        (("--binarise", "0.5", "--family", "gaussian"), "leave --family gaussian out"),
+        (("--binarise", "99"), "none of the 6 columns"),
+        (("--method", "gpvae", "--set", "tau=1"), 'gpvae has no "tau": it has schedule'),
+        (("--method", "gpvae", "--set", "tau_mean=0"), "tau is 0"),
+        (("--method", "gpvae", "--set", "vae.dropout=0.1"), "vae is not trained here"),
+        (("--method", "vae", "--set", "clip=0"), "clip is 0"),
+        (("--method", "vae", "--set", "weight_decay=-1"), "weight_decay is -1"),
+        (("--method", "vae", "--set", "svi_test_steps=-1"), "svi_test_steps must be 0 or more"),
     ],
 )
 def test_what_means_nothing_is_refused_in_one_line(table, argv, says, capsys):
@@ -321,7 +368,8 @@ def test_genotypes_are_0_1_or_2(tmp_path, capsys):
 
 
 def test_options_of_latents_need_the_word(table, tmp_path, capsys, monkeypatch):
-    for argv in (("--latent", "2"), ("--labels", "people"), ("--hold-out", "0.2"), ("--compare", "vae")):
+    for argv in (("--latent", "2"), ("--labels", "people"), ("--hold-out", "0.2"), ("--compare", "vae"),
+                 ("--binarise", "0.5"), ("--set", "kappa=1")):  # fmt: skip
         fails(capsys, f"{argv[0]} goes with --model latent", run(table, *argv))
     fails(capsys, "add --model latent", run(table, "--method", "ddvi"))
     monkeypatch.chdir(tmp_path)
