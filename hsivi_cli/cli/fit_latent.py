@@ -97,7 +97,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
         if destination is not None or wanted.plot is not None:
             with console.progress("latents", len(rows), lines=True) as bar:
                 first = fits[0]
-                shown = wanted.draws or (1 if wanted.plot is not None else 0)
+                shown = wanted.draws or 0
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)
             latents = in_order(found, prepared.order)
     if wanted.plot is not None and latents is not None:
@@ -204,7 +204,7 @@ def _plot(
     circles = cluster_circles(model.prior)
     drawn = " (circles: two sds)" if circles is not None else ""
     prior = f"{config.clusters} clusters{drawn}" if config.clusters else f"prior {config.prior}"
-    each = ", a draw of each" if settings.method in MANY_MODES else ""
+    each = ", a typical draw of each" if settings.method in MANY_MODES else ""
     title = f"{settings.method}: {len(latents.mean)} rows{each}, {prior}"
     points = map_points(settings.method, latents).double().numpy()
     plot_map(path, points, colour, column or "", groups=groups, circles=circles, title=title)

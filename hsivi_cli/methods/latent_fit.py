@@ -213,7 +213,9 @@ def place_clusters(prior: ClusterPrior, posterior: Any, rows: Float[Tensor, "n D
 class Latents:
     """Of n rows: posterior means and standard deviations (n, d), draws (k, n, d) or None, the cluster of each or None.
 
-    `uncertainty` (n,) is that of the approximation itself, where the method has one.
+    `typical` (n, d) is of each row's draws the one least far from the others: near the mean of a posterior of one mode,
+    and never where a posterior of several has none. `uncertainty` (n,) is that of the approximation itself, where the
+    method has one.
     """
 
     mean: Float[Tensor, "n d"]
@@ -221,6 +223,7 @@ class Latents:
     draws: Float[Tensor, "k n d"] | None
     cluster: Int[Tensor, " n"] | None
     uncertainty: Float[Tensor, " n"] | None
+    typical: Float[Tensor, "n d"] | None = None
 
 
 @torch.no_grad()
@@ -240,20 +243,38 @@ def latents_of(
         found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
         novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
-        parts.append((found.mean, found.sd, found.z[:draws] if draws else None, cluster, novelty))
+        parts.append(
+            (
+                found.mean,
+                found.sd,
+                found.z[:draws] if draws else None,
+                cluster,
+                novelty,
+                typical_draw(found.z[:MEAN_DRAWS]),
+            )
+        )
         on_rows(min((index + 1) * ROWS_AT_ONCE, len(x)))
-    mean, sd, drawn, cluster, novelty = (_joined([part[i] for part in parts], 1 if i == 2 else 0) for i in range(5))
+    found_parts = (_joined([part[i] for part in parts], 1 if i == 2 else 0) for i in range(6))
+    mean, sd, drawn, cluster, novelty, typical = found_parts
     assert mean is not None
     assert sd is not None
-    return Latents(mean, sd, drawn, cluster, novelty)
+    return Latents(mean, sd, drawn, cluster, novelty, typical)
+
+
+def typical_draw(z: Float[Tensor, "k n d"]) -> Float[Tensor, "n d"]:
+    """Of each row's k draws the one with the least sum of distances to the others."""
+    rows = z.transpose(0, 1)
+    best = torch.cdist(rows, rows).sum(-1).argmin(1)
+    return rows[torch.arange(len(rows), device=z.device), best]
 
 
 def in_order(latents: Latents, order: Int[np.ndarray, " N"]) -> Latents:
     """Latents in the order of the source."""
     places = torch.from_numpy(np.argsort(order))
     draws = None if latents.draws is None else latents.draws[:, places]
-    cluster, uncertainty = (None if part is None else part[places] for part in (latents.cluster, latents.uncertainty))
-    return Latents(latents.mean[places], latents.sd[places], draws, cluster, uncertainty)
+    beside = (latents.cluster, latents.uncertainty, latents.typical)
+    cluster, uncertainty, typical = (None if part is None else part[places] for part in beside)
+    return Latents(latents.mean[places], latents.sd[places], draws, cluster, uncertainty, typical)
 
 
 def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas.DataFrame":

@@ -68,8 +68,8 @@ def score_map(
 
 
 def map_points(name: str, latents: Latents) -> Float[Tensor, "n d"]:
-    """Where rows lie on the map: their means, or a draw of each where posteriors may have several modes."""
-    return latents.draws[0] if name in MANY_MODES and latents.draws is not None else latents.mean
+    """Where rows lie on the map: their means, or a typical draw of each where posteriors may have several modes."""
+    return latents.typical if name in MANY_MODES and latents.typical is not None else latents.mean
 
 
 def cluster_circles(prior: Any) -> Float[np.ndarray, "K 3"] | None:

@@ -1,5 +1,7 @@
 """Clusters of latents: placed where the rows' own are, scored by their source, resumed bit for bit; label accuracy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +10,10 @@ import torch
 from hsivi_cli.engine import loop
 from hsivi_cli.io.rows import Rows
 from hsivi_cli.methods import latent_fit
-from hsivi_cli.methods.latent_fit import latents_of, prepare, train
+from hsivi_cli.methods.latent_fit import latents_of, place_clusters, prepare, train, typical_draw
 from hsivi_cli.methods.latent_registry import LatentOptions
 from hsivi_cli.methods.latent_scores import KMEANS, MIXTURE, PRIOR, score_map
+from hsivi_cli.targets.latent_priors import make_prior
 
 
 def blobs(count=240, known=None, seed=0):
@@ -45,6 +48,33 @@ def test_clusters_are_placed_on_the_rows_own(tmp_path):
     assert min(found.nmi for found in clusters.values()) > 0.9
     assert scores["20-NN"] > 0.95
     assert float(trained.model.prior.log_scale.detach().exp().max()) < 0.9
+
+
+def test_placing_fits_the_clusters_to_draws(tmp_path):
+    """Right after placing the prior is as dense at the rows' latents as the normal one that they were made for."""
+    trained, prepared, _ = fit("vae", tmp_path, clusters=4, steps=1)
+    latents = latents_of(trained.posterior, trained.model, prepared.values, 0, 1)
+    prior = trained.model.prior
+    gain = prior.log_prob(latents.draws[0]) - make_prior("normal", 2).log_prob(latents.draws[0])
+    assert float(gain.mean().detach()) > -0.02
+
+    class Stub:
+        def draw(self, x, k, generator, weigh):
+            return SimpleNamespace(z=10 * x[None, :, :2])
+
+    rows = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)).sign() + 0.01 * torch.randn(200, 2)
+    place_clusters(prior, Stub(), rows, 0)
+    torch.testing.assert_close(prior.heads.detach().abs(), torch.full((4, 2), 10.0), atol=0.1, rtol=0)
+    assert float(prior.log_scale.detach().exp().max()) < 0.2
+
+
+def test_a_typical_draw_is_one_of_the_larger_mode_and_near_the_mean_of_a_single_one():
+    one = torch.randn(400, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert float(typical_draw(one).norm(dim=1).max()) < 0.3
+    two = 0.1 * one
+    two[:150, :, 0] += 10
+    assert float(typical_draw(two).norm(dim=1).max()) < 0.3
+    assert float(two.mean(0)[:, 0].min()) > 3
 
 
 @pytest.mark.parametrize("name", ["ddvi", "aae", "iaf"])
