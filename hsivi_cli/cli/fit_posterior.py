@@ -114,7 +114,8 @@ def fit_posterior(
         ),
     ] = None,
     embedding: Annotated[
-        str | None, typer.Option("--embedding", help="With --amortize: auto, identity, mlp, set or image.")
+        str | None,
+        typer.Option("--embedding", help="With --amortize: auto, identity, mlp, set, image. With latents: mlp, image."),
     ] = None,
     shape: Annotated[
         str | None,
@@ -249,6 +250,7 @@ def fit_posterior(
 
         unused: dict[str, Any] = {"formula": formula, "example": example, "amortize": amortize, "layerwise": layerwise}
         unused |= {"encoder": encoder, "estimator": estimator, "particles": particles, "sbc": sbc} | of_amortised
+        of_latents["embedding"] = unused.pop("embedding")
         unused |= {"bridges": bridges, "layers": layers}
         unused |= {"refine": refine != "auto", "covariance": covariance != "full-rank", "na": na != "error"}
         for name, given in unused.items():

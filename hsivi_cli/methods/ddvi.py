@@ -66,7 +66,7 @@ class Config:
     sleep_batch: int = 0
     sleep_times: int = 4
     sleep_first: float = 0.0
-    narrow: float = 0.5
+    narrow: float = 0.75
     warm: float = 0.0
     wake: bool = True
     freeze_decoder: bool = False

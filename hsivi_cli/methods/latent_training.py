@@ -52,7 +52,7 @@ class TrainingConfig:
     shape: tuple[int, int, int] | None = None
     normalise: Normalise = "layer"
     kl_warmup: int = 0
-    narrow: float = 0.5
+    narrow: float = 0.75
     samples: int = 1
     freeze_decoder: bool = False
 
