@@ -18,6 +18,7 @@ from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
 from hsivi_cli.methods.latent_registry import PAPER
 from hsivi_cli.methods.latent_scores import score_map
+from hsivi_cli.methods.latent_training import gaussian_draws
 from hsivi_cli.networks.decoders import column_scales
 from hsivi_cli.targets.likelihoods import likelihood_for
 
@@ -30,10 +31,10 @@ WIDE_GAP = 1.0
 """Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
 MOST_SEEN = 50_000
 """Rows trained on that columns alone are estimated from."""
-MOST_GAP = 32
-"""Rows of the amortisation gap."""
+MOST_GAP, GAP_DRAWS = 32, 2000
+"""Rows whose gaps are measured, and draws of each behind its log p(x)."""
 GAUSSIAN = ("gpvae", "gpvae-fg", "vae", "iwae", "sa-vae", "vae-decay")
-"""Methods whose amortisation gap means something: the best of a search is of their own family."""
+"""Methods whose gaps mean something: the best of a search is of their own family."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def report_on_fit(
     gap: bool = False,
     on_stage: Callable[[int], None] = lambda stages: None,
 ) -> LatentReport:
-    """Measure a fit on the rows held out (at most 2000 of them), in three stages; `gap`: the amortisation gap too.
+    """Measure a fit on the rows held out (at most 2000 of them), in three stages; `gap`: gaps of Gaussians too.
 
     Raises InputError where the latents are not finite.
     """
@@ -114,7 +115,7 @@ def report_on_fit(
     alone = columns_alone(prepared, x)
     scores, clusters = score_map(trained, prepared, latents, seed)
     if gap and trained.name in GAUSSIAN:
-        scores["amortisation gap"] = _amortisation_gap(trained, x, latents, seed)
+        scores |= _gaps(trained, x, latents, seed)
     on_stage(1)
     return LatentReport(
         trained.name,
@@ -140,13 +141,23 @@ def report_on_fit(
     )
 
 
-def _amortisation_gap(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> float:
-    """Nats a row between the encoder's Gaussian and the best one of a search from it, over a few rows."""
-    like, rows = trained.model.like(), slice(0, MOST_GAP)
-    parts = (x[rows], latents.mean[rows], latents.sd[rows])
-    x, mean, sd = (part.to(like) for part in parts)
-    gaps = inference_gaps(trained.model.log_joint, x, mean, sd, generator(seed, Stream.SIMULATE, 3), draws=200)
-    return float(gaps.amortisation.mean())
+@torch.no_grad()
+def _gaps(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> dict[str, float]:
+    """Nats a row between the encoder's Gaussian and the best one of a search from it, and from there to log p(x), over
+
+    a few rows. log p(x) is the importance-weighted bound of draws of that best Gaussian.
+    """
+    like, rows, noise = trained.model.like(), slice(0, MOST_GAP), generator(seed, Stream.SIMULATE, 3)
+    x, mean, sd = (part[rows].to(like) for part in (x, latents.mean, latents.sd))
+    with torch.enable_grad():
+        gaps = inference_gaps(trained.model.log_joint, x, mean, sd, noise, draws=200)
+    best = gaussian_draws(trained.model, x, gaps.best_mean.to(like), gaps.best_sd.to(like), GAP_DRAWS, noise)
+    assert best.log_weight is not None
+    log_p = best.log_weight.logsumexp(0) - math.log(GAP_DRAWS)
+    return {
+        "amortisation gap": float(gaps.amortisation.mean()),
+        "approximation gap": float((log_p - gaps.best_elbo).mean()),
+    }
 
 
 def _prior_sd(model: Any) -> Float[Tensor, " d"]:
