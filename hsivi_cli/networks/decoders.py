@@ -162,7 +162,7 @@ def column_scales(x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, " D"], Float[T
     mean, squares = count.clone(), count.clone()
     for part in x.split(max(1, NUMBERS_AT_ONCE // x.shape[1])):
         block = part.double()
-        there: Tensor | float = float(len(block))
+        there = torch.full_like(count, len(block))
         if bool(block.sum().isnan()):
             missing = block.isnan()
             there = len(block) - missing.sum(0).double()
