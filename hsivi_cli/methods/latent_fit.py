@@ -40,6 +40,8 @@ LOG_EVERY = 100
 ROWS_AT_ONCE = 2000
 PLACED_AT = 0.4
 """Share of the steps with a normal prior before clusters are placed where the latents have come to lie."""
+AXES = (0, 0, 1, 0, 0, 0)
+"""Of the rows, in what is collected of each block."""
 MEAN_DRAWS, FEW_DRAWS, MANY_ROWS = 32, 8, 50_000
 """Draws behind a row's mean and standard deviation where more are not asked for; for more rows than that, few."""
 
@@ -238,24 +240,26 @@ def latents_of(
     """Latents of rows, block by block; a row's draws do not change with what else is asked for in the same order."""
     k = max(draws, MEAN_DRAWS if len(x) <= MANY_ROWS else FEW_DRAWS)
     clustered = model.prior.classes > 1
-    parts: list[tuple[Tensor | None, ...]] = []
+    whole: list[Tensor | None] = []
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
         found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
         novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
-        parts.append(
-            (
-                found.mean,
-                found.sd,
-                found.z[:draws] if draws else None,
-                cluster,
-                novelty,
-                typical_draw(found.z[:MEAN_DRAWS]),
-            )
+        parts = (
+            found.mean,
+            found.sd,
+            found.z[:draws] if draws else None,
+            cluster,
+            novelty,
+            typical_draw(found.z[:MEAN_DRAWS]),
         )
+        if not whole:  # made once: small tensors kept from each block would leave the heap in pieces, GBs of them
+            whole = [None if part is None else _as_many(part, len(x), AXES[i]) for i, part in enumerate(parts)]
+        for part, all_rows, axis in zip(parts, whole, AXES, strict=True):
+            if part is not None and all_rows is not None:
+                all_rows.narrow(axis, index * ROWS_AT_ONCE, len(block)).copy_(part)
         on_rows(min((index + 1) * ROWS_AT_ONCE, len(x)))
-    found_parts = (_joined([part[i] for part in parts], 1 if i == 2 else 0) for i in range(6))
-    mean, sd, drawn, cluster, novelty, typical = found_parts
+    mean, sd, drawn, cluster, novelty, typical = whole
     assert mean is not None
     assert sd is not None
     return Latents(mean, sd, drawn, cluster, novelty, typical)
@@ -297,8 +301,8 @@ def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas
     return pandas.DataFrame(columns)
 
 
-def _joined(parts: list[Any], axis: int) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts, axis)
+def _as_many(part: Tensor, rows: int, axis: int) -> Tensor:
+    return part.new_empty([rows if i == axis else size for i, size in enumerate(part.shape)])
 
 
 def _batches(rows: Tensor, labels: Tensor | None) -> Callable[[torch.Generator], Any]:
