@@ -98,8 +98,8 @@ def test_thin_priors_are_approached_and_said_to_be():
         model, facts = model_config(options, rows, 0)
         assert any("thin" in fact for fact in facts) == thin
         ours = [method_config(name, options, model, False) for name in ("vae", "aae", "ddvi")]
-        assert [config.lr for config in ours] == ([3e-3, 1e-3, 3e-3] if thin else [1e-3] * 3)
-        assert (ours[2].gamma < 1) == thin
+        assert [config.lr for config in ours] == [3e-3 if thin else 1e-3, 1e-3, 3e-3]
+        assert ours[2].gamma < 1
 
 
 def test_labels_bring_a_cluster_each_unless_a_prior_is_chosen():
