@@ -108,11 +108,18 @@ class Uncertainty:
     """Of the posterior approximation itself, a row: the variances of its mean and of its log sd over functions.
 
     `novelty` is the mean over coordinates of `v / E e^{2 g}`, in a linear model the leverage of the row's features.
+    `mean_sd`, the root of the mean of v, is in units of the latents. It tells noise from rows where novelty does not:
+    far away the encoder's own spread may grow faster than v (on MNIST novelty called noise the most certain of all).
     """
 
     v: Float[Tensor, "n d"]
     s: Float[Tensor, "n d"]
     novelty: Float[Tensor, " n"]
+
+    @property
+    def mean_sd(self) -> Float[Tensor, " n"]:
+        """Standard deviation of the row's mean over functions."""
+        return self.v.mean(-1).sqrt()
 
 
 @dataclass(frozen=True)

@@ -244,13 +244,13 @@ def latents_of(
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
         found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
-        novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
+        unsure = posterior.uncertainty(block).mean_sd if hasattr(posterior, "uncertainty") else None
         parts = (
             found.mean,
             found.sd,
             found.z[:draws] if draws else None,
             cluster,
-            novelty,
+            unsure,
             typical_draw(found.z[:MEAN_DRAWS]),
         )
         if not whole:  # made once: small tensors kept from each block would leave the heap in pieces, GBs of them
@@ -259,10 +259,10 @@ def latents_of(
             if part is not None and all_rows is not None:
                 all_rows.narrow(axis, index * ROWS_AT_ONCE, len(block)).copy_(part)
         on_rows(min((index + 1) * ROWS_AT_ONCE, len(x)))
-    mean, sd, drawn, cluster, novelty, typical = whole
+    mean, sd, drawn, cluster, unsure, typical = whole
     assert mean is not None
     assert sd is not None
-    return Latents(mean, sd, drawn, cluster, novelty, typical)
+    return Latents(mean, sd, drawn, cluster, unsure, typical)
 
 
 def typical_draw(z: Float[Tensor, "k n d"]) -> Float[Tensor, "n d"]:
