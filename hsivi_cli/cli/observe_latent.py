@@ -133,7 +133,7 @@ def _tell_gaps(opened: "OpenedLatent", x: Any) -> None:
             "leave them out; fit to rows with gaps for such rows"
         )
     if empty:
-        console.warn(f"{empty} of {len(x)} rows have no number at all: their latents say nothing")
+        console.warn(f"{empty} of {len(x)} rows have no number at all: their latents are the prior's")
 
 
 def _far(opened: "OpenedLatent", x: Any) -> int:

@@ -15,7 +15,8 @@ class FlatAdam:
     """Adam (Kingma & Ba 2015) for many small parameters, which become views of one vector.
 
     Each group is its parameters and what their learning rate is multiplied by; gradients are handed over end to end, in
-    the order of the groups.
+    the order of the groups. A group whose gradient has only been zero so far has not begun: its bias correction starts
+    with its first gradient, as that of a parameter without one does in torch's Adam.
     """
 
     def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> None:
@@ -27,30 +28,31 @@ class FlatAdam:
         self.scales = [scale for _, scale in groups]
         self.lengths = [sum(parameter.numel() for parameter in members) for members, _ in groups]
         self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
-        self.count = 0
+        self.counts = [0 for _ in groups]
 
     @torch.no_grad()
     def ascend(self, gradient: Float[Tensor, " p"], rate: float) -> None:
         """Move up along `gradient`, the parameters' gradients end to end."""
-        self.count += 1
-        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
-        self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
-        unbiased = math.sqrt(1 - SQUARE_DECAY**self.count)
-        deviation = self.square.sqrt().add_(EPSILON * unbiased)
-        rate *= unbiased / (1 - MEAN_DECAY**self.count)
-        parts = (whole.split(self.lengths) for whole in (self.vector, self.mean, deviation))
-        for vector, mean, spread, scale in zip(*parts, self.scales, strict=True):
-            vector.addcdiv_(mean, spread, value=rate * scale)
+        parts = (whole.split(self.lengths) for whole in (self.vector, self.mean, self.square, gradient))
+        for group, (vector, mean, square, own) in enumerate(zip(*parts, strict=True)):
+            if not self.counts[group] and not bool(own.any()):
+                continue
+            self.counts[group] += 1
+            mean.lerp_(own, 1 - MEAN_DECAY)
+            square.mul_(SQUARE_DECAY).addcmul_(own, own, value=1 - SQUARE_DECAY)
+            unbiased = math.sqrt(1 - SQUARE_DECAY ** self.counts[group])
+            step = rate * self.scales[group] * unbiased / (1 - MEAN_DECAY ** self.counts[group])
+            vector.addcdiv_(mean, square.sqrt().add_(EPSILON * unbiased), value=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and step count; the vector is its owners' business."""
-        return {"mean": self.mean, "square": self.square, "count": self.count}
+        """Moments and step counts; the vector is its owners' business."""
+        return {"mean": self.mean, "square": self.square, "counts": list(self.counts)}
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.mean.copy_(tree["mean"])
         self.square.copy_(tree["square"])
-        self.count = tree["count"]
+        self.counts = [int(count) for count in tree["counts"]]
 
 
 def flatten(gradients: Sequence[Tensor]) -> Float[Tensor, " p"]:

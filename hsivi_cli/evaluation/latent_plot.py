@@ -188,7 +188,8 @@ def _draw(
         _scatter_mixed(panel, points, [kind for kind in kinds if kind.colour not in (MISSING, MUTED)], style)
     else:
         panel.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
-    _limits(panel, points, strip)
+    reach = np.concatenate([points, rings[:, :2] - rings[:, 2:], rings[:, :2] + rings[:, 2:]]) if len(rings) else points
+    _limits(panel, reach, strip)
     for x, y, radius in rings:
         panel.add_patch(Circle((x, y), radius, fill=False, edgecolor=INK, linewidth=0.7, alpha=0.45))
     named = [kind for kind in kinds if kind.colour not in (MISSING, MUTED)]

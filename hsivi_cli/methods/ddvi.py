@@ -110,6 +110,8 @@ def init(target: LatentTask, config: Config) -> State:
     noise = make_noise(config.schedule, config.times)
     generator = torch.Generator().manual_seed(config.seed)
     classes = 1 if target.labels is None else ddvi_classes.check_labels(target)
+    if config.spread and not hasattr(model.prior, "heads"):
+        raise InputError("spread keeps heads of clusters apart, and the prior has none: add --clusters")
     trunk: MlpTrunk | ConvTrunk
     if config.shape is None:
         trunk = MlpTrunk(rows.shape[1], config.hidden, config.features, generator)
@@ -305,6 +307,14 @@ def _check(config: Config) -> None:
         raise InputError(f'there is no estimator "{config.estimator}" of the bound: choose a or b')
     if not 0 <= config.gamma < math.inf or (config.gamma == 0 and (not config.wake or config.sleep_first > 0)):
         raise InputError(f"gamma {config.gamma}: a positive number, or 0 with the wake phase alone, is needed")
+    if config.clip <= 0 or config.head_rate < 0:
+        raise InputError(
+            f"clip is {config.clip:g} and head_rate {config.head_rate:g}: above 0, and 0 or more are needed"
+        )
+    if min(config.hidden, default=0) < 1:
+        raise InputError("hidden: one layer or more, of one unit or more, is needed")
+    if not 0 <= config.narrow <= 1:
+        raise InputError(f"narrow {config.narrow}: a share of the steps, 0 to 1, is needed")
     if not 0 <= config.warm <= 1:
         raise InputError(f"warm {config.warm}: a share of the steps, 0 to 1, is needed")
     if not 0 <= config.sleep_first <= 1:

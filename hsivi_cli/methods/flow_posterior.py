@@ -15,12 +15,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from hsivi_cli.engine.flat_adam import FlatAdam
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.methods import latent_training
-from hsivi_cli.methods.latent_training import State, TrainingConfig, begin_step, descend, log_joint, make_state, warmed
+from hsivi_cli.methods.latent_training import (
+    State,
+    TrainingConfig,
+    begin_step,
+    descend,
+    grouped_adam,
+    log_joint,
+    make_state,
+    warmed,
+)
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
 from hsivi_cli.objectives.vae_bounds import importance_weighted_bound
@@ -81,7 +89,8 @@ def init(target: LatentTask, config: Config) -> State:
     encoder = FlowEncoder(state.encoder, flow)
     learnt = [p for p in state.model.parameters() if p.requires_grad]
     parameters = [p for p in (*encoder.parameters(), *learnt) if p.requires_grad]
-    return replace(state, encoder=cast(Any, encoder), optimiser=FlatAdam([(parameters, 1.0)]), parameters=parameters)
+    optimiser, parameters = grouped_adam(parameters, state.model)
+    return replace(state, encoder=cast(Any, encoder), optimiser=optimiser, parameters=parameters)
 
 
 def build_flow(config: Config, features: int, dim: int) -> nn.Module:

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hsivi_cli.engine.flat_adam import FlatAdam
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
@@ -29,6 +28,7 @@ from hsivi_cli.methods.latent_training import (
     begin_step,
     descend,
     gaussian_log_prob,
+    grouped_adam,
     make_state,
     warmed,
 )
@@ -117,7 +117,8 @@ def init(target: LatentTask, config: Config) -> State:
     encoder = TwoLevels(state.encoder, lower, reverse).to(like.device, like.dtype)
     learnt = [p for p in state.model.parameters() if p.requires_grad]
     parameters = [p for p in (*encoder.parameters(), *learnt) if p.requires_grad]
-    return replace(state, encoder=cast(Any, encoder), optimiser=FlatAdam([(parameters, 1.0)]), parameters=parameters)
+    optimiser, parameters = grouped_adam(parameters, state.model)
+    return replace(state, encoder=cast(Any, encoder), optimiser=optimiser, parameters=parameters)
 
 
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:

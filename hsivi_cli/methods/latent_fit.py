@@ -42,6 +42,8 @@ PLACED_AT = 0.4
 """Share of the steps with a normal prior before clusters are placed where the latents have come to lie."""
 AXES = (0, 0, 1, 0, 0, 0)
 """Of the rows, in what is collected of each block."""
+PRIOR_DRAWS = 10_000
+"""Behind the prior's mean and standard deviation, for rows without a number."""
 MEAN_DRAWS, FEW_DRAWS, MANY_ROWS = 32, 8, 50_000
 """Draws behind a row's mean and standard deviation where more are not asked for; for more rows than that, few."""
 
@@ -187,7 +189,7 @@ def train(
     state = module.init(LatentTask(rows, model, known), config)
     if resume and (directory / CHECKPOINT).is_file():
         loop.resume(module, state, directory)
-    batch: Any = _batches(rows, known)
+    batch: Any = _batches(rows, known, getattr(config, "batch", BATCH))
     hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps, "method": name}), batch=batch)
     began = time.process_time()
 
@@ -237,12 +239,16 @@ def latents_of(
     draws: int = 0,
     on_rows: Callable[[int], None] = lambda count: None,
 ) -> Latents:
-    """Latents of rows, block by block; a row's draws do not change with what else is asked for in the same order."""
+    """Latents of rows, block by block; those of a row without any number are the prior's.
+
+    More draws than `MEAN_DRAWS` are other ones: a row's draws come from one stream.
+    """
     k = max(draws, MEAN_DRAWS if len(x) <= MANY_ROWS else FEW_DRAWS)
     clustered = model.prior.classes > 1
     whole: list[Tensor | None] = []
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
         found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
+        found = _prior_where_empty(found, block, model, generator(seed, Stream.DRAW, index, 1))
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
         unsure = posterior.uncertainty(block).mean_sd if hasattr(posterior, "uncertainty") else None
         parts = (
@@ -263,6 +269,21 @@ def latents_of(
     assert mean is not None
     assert sd is not None
     return Latents(mean, sd, drawn, cluster, unsure, typical)
+
+
+def _prior_where_empty(
+    found: LatentDraws, x: Float[Tensor, "n D"], model: LatentModel, noise: torch.Generator
+) -> LatentDraws:
+    """The posterior of a row without a number is the prior, whatever an encoder makes of it."""
+    empty = x.isnan().all(1)
+    if not bool(empty.any()):
+        return found
+    z, mean, sd = found.z.clone(), found.mean.clone(), found.sd.clone()
+    count = int(empty.sum())
+    z[:, empty] = model.prior.sample(len(z) * count, noise).to(z).view(len(z), count, -1)
+    many = model.prior.sample(PRIOR_DRAWS, noise)
+    mean[empty], sd[empty] = many.mean(0).to(mean), many.std(0).to(sd)
+    return LatentDraws(z, None, mean, sd)
 
 
 def typical_draw(z: Float[Tensor, "k n d"]) -> Float[Tensor, "n d"]:
@@ -305,9 +326,9 @@ def _as_many(part: Tensor, rows: int, axis: int) -> Tensor:
     return part.new_empty([rows if i == axis else size for i, size in enumerate(part.shape)])
 
 
-def _batches(rows: Tensor, labels: Tensor | None) -> Callable[[torch.Generator], Any]:
+def _batches(rows: Tensor, labels: Tensor | None, batch_size: int = BATCH) -> Callable[[torch.Generator], Any]:
     """A minibatch from a step's own generator; a quarter of it are rows with a label, where there are labels."""
-    size = min(BATCH, len(rows))
+    size = min(batch_size, len(rows))
     known = None if labels is None else (labels >= 0).nonzero()[:, 0]
 
     def batch(generator: torch.Generator) -> Tensor | tuple[Tensor, Tensor]:

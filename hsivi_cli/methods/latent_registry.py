@@ -1,7 +1,7 @@
 """The methods of `--model latent` by name, and from the options to a model and a method's configuration.
 
-All methods of a comparison share one model, one trunk of the encoder and one split of the rows, so that what differs
-between two lines of a table is the posterior alone.
+All methods of a comparison share one model, one trunk of the encoder and one split of the rows. Steps and learning
+rates are each method's own, unless --steps and --lr choose them.
 """
 
 import json
@@ -17,7 +17,7 @@ from hsivi_cli.io.rows import Rows
 from hsivi_cli.methods import adversarial, ddvi, ddvi_paper, flow_posterior, gpvae, hierarchical, pca_map, vae
 from hsivi_cli.methods.latent_settings import of_method, parse_settings
 from hsivi_cli.targets.latent import ModelConfig
-from hsivi_cli.targets.latent_priors import PRIORS
+from hsivi_cli.targets.latent_priors import GUARDS, PRIORS
 from hsivi_cli.targets.likelihoods import LIKELIHOODS
 
 MODEL = "model"
@@ -178,13 +178,17 @@ def model_config(options: LatentOptions, rows: Rows, classes: int) -> tuple[Mode
         facts.append(f"prior of {clusters} clusters, one for each label (--prior and --clusters choose)")
     thin = not clusters and prior in THIN
     if thin:
-        facts.append(
-            f"the {prior} prior is thin: training approaches it from a broad one, over three quarters of its steps"
-        )
+        shares = ", ".join(f"{share:g} of it drawn with a brush of {width:g}" for width, share in GUARDS[prior])
+        facts.append(f"the {prior} prior is thin, so that rows off it cost little: {shares}")
+    if thin and set(options.methods) - {PAPER}:
+        facts.append("training approaches a thin prior from a broad one, over three quarters of its steps")
+    if options.noise and family != "gaussian":
+        raise InputError(f"--noise is of the gaussian likelihood, the rows' is {family}: leave it out")
     convolutional = options.embedding == "image"
     if convolutional and rows.shape is None:
         raise InputError(f"--embedding image: the rows of {rows.source} are no images: leave it out")
     own = parse_settings(of_method(options.settings, options.method, MODEL), MODEL, {MODEL: ModelSettings})[MODEL]
+    noise = options.noise or ("shared" if rows.kind == "images" else "column")
     config = ModelConfig(
         options.latent,
         prior,
@@ -192,7 +196,7 @@ def model_config(options: LatentOptions, rows: Rows, classes: int) -> tuple[Mode
         str(family),
         **own,
         shape=rows.shape if convolutional else None,
-        noise="shared" if rows.kind == "images" or options.noise == "shared" else "column",
+        noise="shared" if noise == "shared" else "column",
         seed=options.seed,
     )
     return config, tuple(facts)

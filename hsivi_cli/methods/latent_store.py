@@ -130,7 +130,12 @@ def read_new_rows(
         had, have = (f"{shape[0]}x{shape[1]}" for shape in (opened.shape, rows.shape))
         raise InputError(f"{source} holds images of {have}, the fit is of {had}")
     if rows is None or rows.shape is None:
-        rows = read_rows(source, columns=opened.columns, alleles=opened.alleles, on_rows=on_rows)
+        try:
+            rows = read_rows(source, columns=opened.columns, alleles=opened.alleles, on_rows=on_rows)
+        except InputError as err:
+            if "has no column" not in str(err):
+                raise
+            raise InputError(f"{err}; a column that was not measured may be there with empty cells") from err
     if opened.binarise is not None:
         rows = binarise(rows, opened.binarise)
     x = rows.tensor()

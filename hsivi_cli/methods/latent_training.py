@@ -86,6 +86,10 @@ def make_state(
             raise InputError(f"{name} is {value}: it must be 1 or more")
     if config.clip <= 0 or q_rate <= 0:
         raise InputError(f"clip is {config.clip:g} and q_rate {q_rate:g}: both must be above 0")
+    if not 0 <= config.narrow <= 1:
+        raise InputError(f"narrow is {config.narrow:g}: a share of the steps, 0 to 1, is needed")
+    if config.kl_warmup < 0:
+        raise InputError(f"kl_warmup is {config.kl_warmup}: it must be 0 or more")
     if min(mean.tau, log_sd.tau) <= 0:
         raise InputError(f"tau is {min(mean.tau, log_sd.tau):g}: a prior standard deviation must be above 0")
     columns = task.rows.shape[1]
@@ -109,9 +113,22 @@ def make_state(
     learnt = [] if config.freeze_decoder else [p for p in model.parameters() if p.requires_grad]
     if config.freeze_decoder:
         model.requires_grad_(False)
-    parameters = [*slow, *learnt, *quick]
-    groups = [([*slow, *learnt], 1.0), (quick, q_rate)]
-    return State(0, task, config, model, encoder, FlatAdam([group for group in groups if group[0]]), parameters)
+    optimiser, parameters = grouped_adam([*slow, *learnt], model, quick, q_rate)
+    return State(0, task, config, model, encoder, optimiser, parameters)
+
+
+def grouped_adam(
+    parameters: Sequence[nn.Parameter], model: LatentModel, quick: Sequence[nn.Parameter] = (), q_rate: float = 1.0
+) -> tuple[FlatAdam, list[nn.Parameter]]:
+    """The optimiser, and all parameters in its order.
+
+    Those of a learned prior are a group of their own: they begin late (`ClusterPrior.place`).
+    """
+    late = {id(p) for p in model.prior.parameters()} if isinstance(model.prior, nn.Module) else set()
+    groups = [([p for p in parameters if id(p) not in late], 1.0), (list(quick), q_rate)]
+    groups.append(([p for p in parameters if id(p) in late], 1.0))
+    groups = [group for group in groups if group[0]]
+    return FlatAdam(groups), [p for members, _ in groups for p in members]
 
 
 def row_noise(samples: int, at: Moments, generator: torch.Generator) -> Float[Tensor, "3 k n d"]:

@@ -40,3 +40,15 @@ def test_resumes_where_it_was():
         optimiser.ascend(2 * gradient, 0.1)
     for a, b in zip(again, ours, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_group_begins_with_its_first_gradient():
+    """As in torch, where a parameter without a gradient is passed over: its first step is the learning rate."""
+    ours = parameters()
+    optimiser = FlatAdam([(ours[:1], 1.0), (ours[1:], 1.0)])
+    early, late = torch.ones(6).double(), torch.ones(5).double()
+    for _ in range(500):
+        optimiser.ascend(torch.cat([early, 0 * late]), 0.1)
+    before = ours[2].detach().clone()
+    optimiser.ascend(torch.cat([early, late]), 0.1)
+    torch.testing.assert_close(ours[2].detach() - before, torch.full((4,), 0.1).double(), atol=1e-6, rtol=0)

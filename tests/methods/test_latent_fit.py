@@ -28,6 +28,10 @@ from hsivi_cli.methods.latent_registry import (
 )
 from hsivi_cli.methods.latent_report import report_on_fit
 from hsivi_cli.methods.latent_store import open_latent, read_new_rows, save_latent
+from hsivi_cli.methods.latent_training import gaussian_log_prob
+from hsivi_cli.targets.latent import LatentModel
+from hsivi_cli.targets.latent_priors import Narrowing, make_prior
+from hsivi_cli.targets.likelihoods import Likelihood
 
 
 def make_rows(count=60, columns=4, kind="numbers", seed=0, labelled=True):
@@ -287,3 +291,78 @@ def test_images_may_have_convolutions_and_a_decoder_of_other_layers():
     ):
         with pytest.raises(InputError, match=words):
             check_latent(LatentOptions(**wrong))
+
+
+@pytest.mark.parametrize("method", ["vae", "ddvi", "iaf"])
+def test_a_thin_prior_is_itself_at_the_end_and_when_opened_again(method, tmp_path):
+    options = LatentOptions(method, prior="square", steps=6, compare=())
+    prepared = prepare(make_rows(), options)
+    trained = train(prepared, method, options, tmp_path, lambda record: None, False)
+    prior = trained.model.prior
+    assert isinstance(prior, Narrowing)
+    assert prior._now is prior.exact
+    report = report_on_fit(trained, prepared, 4, 0)
+    save_latent(tmp_path, trained, prepared, report.to_json())
+    opened, x = open_latent(tmp_path), prepared.test
+    draws = [
+        one.draw(x, 3, torch.Generator().manual_seed(0)).log_weight for one in (trained.posterior, opened.posterior)
+    ]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [("vae", "narrow=2"), ("ddvi", "narrow=-1"), ("vae", "kl_warmup=-5"), ("ddvi", "clip=-1"), ("ddvi", "hidden=0"),
+     ("ddvi", "spread=1")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(method, setting, tmp_path):
+    options = LatentOptions(method, steps=2, settings=(setting,))
+    with pytest.raises(InputError):
+        train(prepare(make_rows(), options), method, options, tmp_path, lambda record: None, False)
+
+
+def test_the_size_of_a_minibatch_is_the_methods_own(tmp_path):
+    states = []
+    for place, size in enumerate((4, 16)):
+        options = LatentOptions("ddvi", steps=2, settings=(f"batch={size}",))
+        (tmp_path / str(place)).mkdir()
+        prepared = prepare(make_rows(), options)
+        states.append(train(prepared, "ddvi", options, tmp_path / str(place), lambda record: None, False).state)
+    assert not torch.equal(*(next(state.encoder.parameters()) for state in states))
+
+
+def test_log_p_behind_the_approximation_gap_knows_modes_that_the_gaussian_does_not():
+    """x = |z| + noise: the best Gaussian has one of two modes, and its gap is log 2."""
+
+    class Folded(torch.nn.Module):
+        def forward(self, z):
+            return z.abs()
+
+    sd = 0.2
+    model = LatentModel(make_prior("normal", 1), Folded(), Likelihood("gaussian"), log_sd=torch.tensor([math.log(sd)]))
+    x = torch.full((64, 1), 1.5)
+    spread = 1 / math.sqrt(1 + 1 / sd**2)
+    mean, scale = torch.full((64, 1), 1.5 * spread**2 / sd**2), torch.full((64, 1), spread)
+    found = latent_report.defensive_log_p(model, x, mean, scale, torch.Generator().manual_seed(0))
+    grid = torch.linspace(-6, 6, 100_001)[:, None, None]
+    exact = float(model.log_joint(x[:1], grid).detach().double().logsumexp(0)) + math.log(12 / 100_000)
+    assert abs(float(found.mean()) - exact) < 0.02
+    z = mean + scale * torch.randn(20_000, 64, 1, generator=torch.Generator().manual_seed(1))
+    elbo = (model.log_joint(x, z) - gaussian_log_prob(z, mean, scale)).detach().mean()
+    assert abs(float(found.mean() - elbo) - math.log(2)) < 0.03
+
+
+def test_a_row_without_a_number_has_the_priors_latents(tmp_path):
+    options = LatentOptions("vae", prior="square", steps=4)
+    prepared = prepare(make_rows(), options)
+    trained = train(prepared, "vae", options, tmp_path, lambda record: None, False)
+    x = prepared.test[:3].clone()
+    x[1] = math.nan
+    found = latents_of(trained.posterior, trained.model, x, 0, 200)
+    prior = trained.model.prior.sample(20_000, torch.Generator().manual_seed(5))
+    assert torch.allclose(found.mean[1], prior.mean(0), atol=0.04)
+    assert torch.allclose(found.sd[1], prior.std(0), atol=0.04)
+    assert float((found.draws[:, 1].std(0) / prior.std(0) - 1).abs().max()) < 0.2
+    x[1] = prepared.test[1]
+    other = latents_of(trained.posterior, trained.model, x, 0, 200)
+    assert torch.equal(found.mean[[0, 2]], other.mean[[0, 2]])

@@ -171,6 +171,23 @@ def test_rows_off_a_thin_prior_cost_little_and_are_drawn_back(name):
     assert share < 0.01
 
 
+@pytest.mark.parametrize("name", ["pinwheel", "square"])
+def test_classes_are_guarded_in_sampler_and_density_alike(name):
+    """Shares of draws of a class far off its thin shape, against the mixture's own."""
+    prior = make_prior(name, 2)
+    z = prior.sample_class(torch.full((400_000,), 3), generator()).double()
+    thin = prior.exact.inner.log_prob_class(z)[:, 3]
+    guarded = prior.log_prob_class(z)[:, 3]
+    far = guarded > thin + 1  # where the wider brushes are most of the density
+    wide = make_prior(name, 2).exact._parts[1].sample_class(torch.full((400_000,), 3), generator(1)).double()
+    share = GUARDS[name][0][1]
+    expected = share * float(
+        (prior.log_prob_class(wide)[:, 3] > prior.exact.inner.log_prob_class(wide)[:, 3] + 1).double().mean()
+    )
+    assert 0 < expected < 1e-3
+    assert abs(float(far.double().mean()) - expected) < 5 * (expected / 400_000) ** 0.5 + 2 * GUARDS[name][1][1]
+
+
 def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
     prior = cluster_prior()
     z = prior.sample(400, generator()).detach()
