@@ -22,7 +22,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key is raised by after every round
 MASK = 0xFFFFFFFF
-START = 0  # the "layer" of x_K, the chain's starting noise; the layers' own noise has their number 1 .. K
+START = 0  # the "layer" of x_K, the chain's starting noise; the layers' own noise is 1, 2, ... as they are walked
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
