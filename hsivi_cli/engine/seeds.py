@@ -74,6 +74,10 @@ class PhiloxStreams:
         self._drawn += 1
         return self._drawn - 1
 
+    def rewind(self) -> None:
+        """Begin again with draw number 0."""
+        self._drawn = 0
+
     def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, "n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32."""
         from hsivi_cli.kernels.philox import normals

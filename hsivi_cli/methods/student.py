@@ -93,7 +93,7 @@ def sample_student(
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
         with autocast(precision, device):
-            return student.unet(x, t).sample.float()
+            return student.unet(x, t.to(device)).sample.float()
 
     log_gamma = student.log_gamma.to(device)
     if not use_triton(kernels, first):
@@ -119,7 +119,7 @@ def walk_fused(
 
     x = noise.draw(shape)
     for layer in range(layers.nfe, 0, -1):
-        eps = student_eps(x, layers.times[layer].to(x.device))
+        eps = student_eps(x, layers.times[layer])
         a, b, c1 = (float(v[layer]) for v in (layers.A, layers.B, layers.c1))
         if layer == 1:
             return hsivi_step(x, eps, a, b, kernels=kernels)
