@@ -23,6 +23,7 @@ from hsivi_cli.kernels.tiles import dense, geometry, make_plan, to_channels, to_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_TILE, BACKWARD_TILE = 8192, 4096  # elements a program can keep in registers
+BACKWARD_WARP = 256  # of which a warp has so many: with twice that, a thread needed up to 164 registers
 
 
 def group_norm_silu(
@@ -175,10 +176,11 @@ class GroupNormSiLU(torch.autograd.Function):
         temb, scale, shift = (None if v is None else v.contiguous() for v in (temb, scale, shift))
         stats = torch.empty(len(x), groups, 4, device=x.device)
         plan = make_plan(x.shape, groups, channels_last, x.element_size(), FORWARD_TILE)
-        forward_kernel[plan.grid](
-            x, weight, bias, temb, scale, shift, out, stats, *geometry(x, groups, eps, channels_last),
-            **plan.constants, HAS_TEMB=temb is not None, HAS_SCALE=scale is not None, num_warps=plan.warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            forward_kernel[plan.grid](
+                x, weight, bias, temb, scale, shift, out, stats, *geometry(x, groups, eps, channels_last),
+                **plan.constants, HAS_TEMB=temb is not None, HAS_SCALE=scale is not None, num_warps=plan.warps,
+            )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, temb, scale, shift, stats)
         ctx.groups, ctx.eps, ctx.channels_last = groups, eps, channels_last
         return out
@@ -193,12 +195,13 @@ class GroupNormSiLU(torch.autograd.Function):
         dx = torch.empty_like(x)
         # sums over pixels: dv * x_hat, dv, and dx
         sums = torch.empty(3, *x.shape[:2], device=x.device)
-        plan = make_plan(x.shape, ctx.groups, ctx.channels_last, x.element_size(), BACKWARD_TILE)
-        backward_kernel[plan.grid](
-            grad, x, weight, bias, temb, scale, shift, stats, dx, sums, len(x) * x.shape[1],
-            *geometry(x, ctx.groups, ctx.eps, ctx.channels_last),
-            **plan.constants, HAS_TEMB=temb is not None, HAS_SCALE=scale is not None, num_warps=plan.warps,
-        )  # fmt: skip
+        plan = make_plan(x.shape, ctx.groups, ctx.channels_last, x.element_size(), BACKWARD_TILE, BACKWARD_WARP)
+        with torch.cuda.device_of(x):
+            backward_kernel[plan.grid](
+                grad, x, weight, bias, temb, scale, shift, stats, dx, sums, len(x) * x.shape[1],
+                *geometry(x, ctx.groups, ctx.eps, ctx.channels_last),
+                **plan.constants, HAS_TEMB=temb is not None, HAS_SCALE=scale is not None, num_warps=plan.warps,
+            )  # fmt: skip
         slope, intercept, dtemb = sums
         dscale = dshift = None
         if scale is not None:

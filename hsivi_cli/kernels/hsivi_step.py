@@ -104,17 +104,19 @@ def launch(
     log_gamma = None if log_gamma is None else log_gamma.contiguous()
     streams = None if streams is None else streams.contiguous()
     blocks = -(-channels * pixels // 4)
-    strides = [s for v in (x, eps, out) for s in (v.stride(0), v.stride(1), v.stride(3))]
-    step_kernel[(-(-blocks // BLOCK), len(x))](
-        x, eps, out, log_gamma, streams, layer, a, b, c1, channels * pixels, pixels, *strides,
-        NOISE=noisy, GAMMA=log_gamma is not None and noisy, PER_ELEMENT=per_element,
-        QUANTISE=out.dtype == torch.uint8, BLOCK=BLOCK,
-    )  # fmt: skip
+    # the stride of a dimension of one pixel means nothing
+    strides = [s for v in (x, eps, out) for s in (v.stride(0), v.stride(1), v.stride(3 if v.shape[3] > 1 else 2))]
+    with torch.cuda.device_of(x):
+        step_kernel[(len(x), -(-blocks // BLOCK))](
+            x, eps, out, log_gamma, streams, layer, a, b, c1, channels * pixels, pixels, *strides,
+            NOISE=noisy, GAMMA=log_gamma is not None and noisy, PER_ELEMENT=per_element,
+            QUANTISE=out.dtype == torch.uint8, BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 def flat(x: Tensor) -> bool:
     """Whether one stride walks all pixels of a channel, as in NCHW and channels_last."""
-    return x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
+    return 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3)
 
 
 @jit(do_not_specialize=["layer", "a", "b", "c1"])
@@ -123,10 +125,10 @@ def step_kernel(
     x_n, x_c, x_p, eps_n, eps_c, eps_p, out_n, out_c, out_p,
     NOISE: tl.constexpr, GAMMA: tl.constexpr, PER_ELEMENT: tl.constexpr, QUANTISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Four elements a Philox block, a quarter of the sample apart; the grid is (blocks of BLOCK, samples)."""
-    sample = tl.program_id(1).to(tl.int64)
+    """Four elements a Philox block, a quarter of the sample apart; the grid is (samples, blocks of BLOCK)."""
+    sample = tl.program_id(0).to(tl.int64)
     quarter = (elements + 3) // 4
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x += sample * x_n
     eps += sample * eps_n
     out += sample * out_n

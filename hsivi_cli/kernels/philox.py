@@ -102,10 +102,10 @@ def box_muller_kernel(x, y):
 
 @jit(do_not_specialize=["layer"])
 def normals_kernel(out, streams, layer, elements, BLOCK: tl.constexpr):
-    """Write a sample's normals; the grid is (blocks of BLOCK, samples)."""
-    sample = tl.program_id(1)
+    """Write a sample's normals; the grid is (samples, blocks of BLOCK)."""
+    sample = tl.program_id(0)
     blocks = (elements + 3) // 4
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(streams + 2 * sample)
     index = tl.load(streams + 2 * sample + 1)
     z0, z1, z2, z3 = philox_normals(seed, index, layer, block)
@@ -123,7 +123,9 @@ def normals_triton(
     """As `normals` in float32, by one kernel."""
     elements = math.prod(shape)
     out = torch.empty(len(streams), *shape, device=streams.device)
-    grid = (-(-max((elements + 3) // 4, 1) // block), len(streams))
-    if out.numel():
+    grid = (len(streams), -(-max((elements + 3) // 4, 1) // block))
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(out):
         normals_kernel[grid](out, streams.contiguous(), layer, elements, BLOCK=block)
     return out

@@ -22,8 +22,11 @@ class Plan:
     warps: int
 
 
-def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int, tile: int) -> Plan:
-    """Tiles for an activation `shape` in memory order NCHW or channels_last."""
+def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int, tile: int, a_warp: int = 512) -> Plan:
+    """Tiles for an activation `shape` in memory order NCHW or channels_last.
+
+    `tile` is what a program keeps in registers at most, `a_warp` what a warp has of it: more needs more registers.
+    """
     samples, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     per_group = channels // groups
     together = 1
@@ -35,7 +38,7 @@ def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int
     if not single:
         tile_pixels = max(LOOP_TILE // tile_channels, 1)
     constants = {"GROUPS": together, "CHANNELS": tile_channels, "PIXELS": tile_pixels, "SINGLE": single}
-    warps = min(max(tile_channels * tile_pixels // 512, 1), 16)
+    warps = min(max(tile_channels * tile_pixels // a_warp, 1), 16)
     return Plan((samples * -(-groups // together),), constants, warps)
 
 

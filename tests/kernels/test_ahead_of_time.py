@@ -43,16 +43,21 @@ GROUP_NORM |= dict.fromkeys(["channel_stride", "pixel_stride", "temb_stride", "s
 
 @pytest.mark.parametrize(
     ("shape", "channels_last", "dtype"),
-    [((4, 128, 32, 32), False, "fp32"), ((4, 256, 32, 32), True, "bf16"), ((4, 384, 32, 32), False, "bf16")],
+    [
+        ((4, 128, 32, 32), False, "fp32"),
+        ((4, 256, 32, 32), True, "bf16"),
+        ((4, 256, 32, 32), True, "fp32"),
+        ((4, 384, 32, 32), False, "bf16"),
+    ],
 )
 def test_group_norm_silu(shape, channels_last, dtype):
     types = GROUP_NORM | dict.fromkeys(["x", "temb", "scale", "shift", "out", "grad", "dx"], f"*{dtype}")
     constant_stride = {"channel_stride" if channels_last else "pixel_stride": 1}
-    for kernel, tile in [
+    for kernel, *tile in [
         (group_norm_silu.forward_kernel, group_norm_silu.FORWARD_TILE),
-        (group_norm_silu_backward.backward_kernel, group_norm_silu.BACKWARD_TILE),
+        (group_norm_silu_backward.backward_kernel, group_norm_silu.BACKWARD_TILE, group_norm_silu.BACKWARD_WARP),
     ]:
-        plan = make_plan(torch.Size(shape), 32, channels_last, 2 if dtype == "bf16" else 4, tile)
+        plan = make_plan(torch.Size(shape), 32, channels_last, 2 if dtype == "bf16" else 4, *tile)
         constants = plan.constants | constant_stride | {"HAS_TEMB": True, "HAS_SCALE": True}
         mine = {name: types[name] for name in kernel.arg_names if name not in constants}
         divisible = [name for name, kind in mine.items() if kind == "i32" and name != "per_group"]

@@ -103,6 +103,12 @@ def test_views_are_read_right():
     assert error(got, want) < 1e-6
 
 
+def test_the_stride_of_a_single_column_means_nothing():
+    x, eps, _, _ = make((2, 2, 5, 1))
+    odd = torch.as_strided(x, x.shape, (10, 5, 1, 999))
+    assert torch.equal(hsivi_step(odd, eps, A, B, kernels="triton"), hsivi_step(x, eps, A, B, kernels="triton"))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     x, eps, log_gamma, streams = make((2, 2, 4, 4))
     for broken in [(x, eps[:1], None, None), (x, eps, log_gamma[:1], streams), (x, eps, None, streams[:1])]:
