@@ -23,7 +23,6 @@ from hsivi_cli.kernels.tiles import dense, geometry, make_plan, to_channels, to_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_TILE, BACKWARD_TILE = 8192, 4096  # elements a program can keep in registers
-BACKWARD_WARP = 256  # of which a warp has so many: with twice that, a thread needed up to 164 registers
 
 
 def group_norm_silu(
@@ -195,7 +194,7 @@ class GroupNormSiLU(torch.autograd.Function):
         dx = torch.empty_like(x)
         # sums over pixels: dv * x_hat, dv, and dx
         sums = torch.empty(3, *x.shape[:2], device=x.device)
-        plan = make_plan(x.shape, ctx.groups, ctx.channels_last, x.element_size(), BACKWARD_TILE, BACKWARD_WARP)
+        plan = make_plan(x.shape, ctx.groups, ctx.channels_last, x.element_size(), BACKWARD_TILE)
         with torch.cuda.device_of(x):
             backward_kernel[plan.grid](
                 grad, x, weight, bias, temb, scale, shift, stats, dx, sums, len(x) * x.shape[1],

@@ -10,6 +10,7 @@ from torch import Tensor
 from hsivi_cli.kernels.runtime import jit, next_power_of_2, tl
 
 SECTOR = 32  # bytes a GPU fetches at least
+A_WARP = 256  # elements a warp has of a tile; with twice that, threads need up to 164 registers, or spill
 LOOP_TILE = 2048  # elements at a time where a group does not fit a program
 
 
@@ -38,7 +39,7 @@ def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int
     if not single:
         tile_pixels = max(LOOP_TILE // tile_channels, 1)
     constants = {"GROUPS": together, "CHANNELS": tile_channels, "PIXELS": tile_pixels, "SINGLE": single}
-    warps = min(max(tile_channels * tile_pixels // a_warp, 1), 16)
+    warps = min(max(tile_channels * tile_pixels // A_WARP, 1), 16)
     return Plan((samples * -(-groups // together),), constants, warps)
 
 
