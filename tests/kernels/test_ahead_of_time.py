@@ -1,4 +1,4 @@
-"""Triton's kernels compiled for GPUs that are not here: they assemble, and stay within bounds on registers and spills."""
+"""Triton's kernels compiled for GPUs that are not here: they assemble, within bounds on registers and spills."""
 
 import os
 
