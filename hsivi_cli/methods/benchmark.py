@@ -143,8 +143,7 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
         from hsivi_cli.methods.graphed import GraphedChain
 
         for name, channels_last in {"graph": False, "graph, channels_last": True}.items():
-            graphed = dataclasses.replace(student, unet=copy.deepcopy(student.unet))
-            chain = GraphedChain(graphed, batch, precision, channels_last)
+            chain = GraphedChain(student, batch, precision, channels_last)
             sides[f"{OURS} ({name})"] = functools.partial(replay, chain)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         student.unet(torch.zeros(batch, *student.shape, device=device), 1)

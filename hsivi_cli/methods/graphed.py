@@ -1,37 +1,44 @@
 """A student's whole chain as one CUDA graph: captured once for a batch size, replayed for other noise streams."""
 
+import copy
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hsivi_cli.engine.optimisation import Precision, autocast
+from hsivi_cli.engine.optimisation import Precision
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.kernels.convert import fused
 from hsivi_cli.methods.student import Student, walk_fused
 
 
 class GraphedChain:
-    """`run(streams)` draws one batch of images, with a single launch from the CPU. Needs a GPU."""
+    """`run(streams)` draws one batch of images, with a single launch from the CPU. Needs a GPU.
+
+    The network is a copy of the student's, in bfloat16 as a whole for that precision: autocast would cast the weights
+    of a network that is not being trained anew in every layer.
+    """
 
     def __init__(self, student: Student, n: int, precision: Precision = "fp32", channels_last: bool = False) -> None:
         device = next(student.unet.parameters()).device
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        layers, shape, log_gamma = student.layers, student.shape, student.log_gamma.to(device)
+        # the graph computes with this memory: it has to live as long
+        self.unet = copy.deepcopy(student.unet).to(device, dtype)
         self.noise = PhiloxStreams(0, range(n), device)
         # inside a capture nothing may come from the CPU, so the layers' times go to the GPU before
-        times = {int(t): t.to(device) for t in student.layers.times}
+        self.times = {int(t): t.to(device) for t in layers.times}
+        self.log_gamma = log_gamma
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
-            if channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            return student.unet(x, times[int(t)]).sample.float()
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            return self.unet(x.to(dtype, memory_format=memory_format), self.times[int(t)]).sample.float()
 
         def walk() -> Tensor:
             self.noise.rewind()
-            # one autocast around the chain, so that the weights are cast once and not once a layer
-            with autocast(precision, device):
-                return walk_fused(eps, student.log_gamma.to(device), layers, student.shape, self.noise)
+            return walk_fused(eps, log_gamma, layers, shape, self.noise)
 
-        layers = student.layers
-        with torch.no_grad(), fused(student.unet, channels_last=channels_last):
+        with torch.no_grad(), fused(self.unet, channels_last=channels_last):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
