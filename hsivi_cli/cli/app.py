@@ -10,7 +10,9 @@ import typer
 
 import hsivi_cli
 from hsivi_cli.cli import bench, console, distill, env, evaluate, fit_posterior, inspect, sample, train
-from hsivi_cli.errors import HsiviError
+from hsivi_cli.errors import HsiviError, InterruptError
+
+INTERRUPTED = "interrupted; a run that was saved goes on from its last checkpoint with --resume"
 
 app = typer.Typer(
     name="hsivi",
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.error(str(err))
         return err.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        console.error("interrupted; a run goes on from its last checkpoint with --resume")
-        return 130
+        console.error(INTERRUPTED)
+        return InterruptError.exit_code
     except typer.TyperException as err:
         name = getattr(getattr(err, "ctx", None), "info_name", None) or "hsivi"
         command = name if name == "hsivi" else f"hsivi {name}"
@@ -87,4 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as err:
         return _bug(err)
+    if code == InterruptError.exit_code:  # typer has taken Ctrl-C for its own
+        console.error(INTERRUPTED)
     return code if isinstance(code, int) else 0

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from hsivi_cli.errors import RunError
 
+SECONDS_BETWEEN_LINES = 10.0
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -85,14 +87,34 @@ class Advance:
     def __call__(self, n: int) -> None:
         self._update(advance=n)
 
-    def to(self, n: float) -> None:
-        """Set the bar to n finished."""
-        self._update(completed=n)
+    def to(self, n: float, total: float | None = None) -> None:
+        """Set the bar to n finished, of as many as are now known."""
+        self._update(completed=n) if total is None else self._update(completed=n, total=total)
+
+
+class _Lines:
+    """What a bar would show, as a line now and then, for a log."""
+
+    def __init__(self, title: str, total: float) -> None:
+        self.title, self.total, self.done = title, total, 0.0
+        self.began = self.told = time.monotonic()
+
+    def __call__(self, advance: float = 0, completed: float | None = None, total: float | None = None) -> None:
+        self.done = self.done + advance if completed is None else completed
+        self.total, now = total or self.total, time.monotonic()
+        if now - self.told < SECONDS_BETWEEN_LINES or not 0 < self.done < self.total:
+            return
+        self.told = now
+        left = (now - self.began) * (self.total / self.done - 1)
+        story(f"{self.title} {self.done:.0f} of {self.total:.0f}, about {left:.0f} s left")
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr where stderr is a terminal; yields what moves it."""
+def progress(title: str, total: int, lines: bool = False) -> Iterator[Advance]:
+    """A bar on stderr where that is a terminal, elsewhere nothing, or `lines` where it takes long; yields its mover."""
+    if lines and not sys.stderr.isatty():
+        yield Advance(_Lines(title, total))
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

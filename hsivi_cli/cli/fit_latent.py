@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained
     from hsivi_cli.methods.latent_registry import LatentOptions
     from hsivi_cli.methods.latent_report import LatentReport
+    from hsivi_cli.targets.latent import LatentModel
 
 LATENT = "latent"
 """The word that `--model` takes in place of a file; a file of that name is ./latent."""
@@ -29,6 +30,7 @@ def options_from(
     **fields: Any,
 ) -> "LatentOptions":
     """The options as one object; raises InputError for what means nothing together."""
+    from hsivi_cli.io.rows import name_columns
     from hsivi_cli.methods.latent_registry import PAPER, LatentOptions, check_latent
 
     if len(prior) > 1 or (prior and "=" in prior[0]):
@@ -44,6 +46,8 @@ def options_from(
     if paper:
         chosen = PAPER
     given = {name: value for name, value in fields.items() if value is not None}
+    if "columns" in given:
+        given["columns"] = name_columns(given["columns"])
     found = LatentOptions(chosen, prior=prior[0] if prior else None, compare=compared, **given)
     check_latent(found)
     return found
@@ -55,17 +59,20 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
     from hsivi_cli.methods.latent_fit import in_order, latents_of, prepare, read_latent, train
     from hsivi_cli.methods.latent_report import report_on_fit
     from hsivi_cli.methods.latent_store import digest_of, save_latent, settings_of
-    from hsivi_cli.methods.posterior_store import fit_directory
+    from hsivi_cli.methods.posterior_store import check_save, fit_directory
     from hsivi_cli.targets.source import Source
 
     if source is None:
         raise InputError("no rows: name a CSV, parquet, .npy, idx, PLINK or VCF file, an image folder, or digits")
     options.resolve_device("cpu", wanted.threads)
     destination = open_table(wanted.out, wanted.force) if wanted.out else None
+    if wanted.save is not None:
+        check_save(wanted.save, wanted.resume)  # before a large table is read
     if wanted.plot is not None:
         check_plot_path(wanted.plot, wanted.force)
     with console.guarded_stdout():
-        rows = read_latent(source, settings)
+        with console.progress("reading", 1, lines=True) as bar:
+            rows = read_latent(source, settings, bar.to)
         digest = digest_of(rows)
         prepared = prepare(rows, settings)
         for fact in prepared.facts:
@@ -85,16 +92,16 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
                 fits.append(trained)
             tree = reports[0].to_json() | _compared(reports)
             if wanted.save is not None:
-                save_latent(directory, fits[0], prepared, tree)
+                save_latent(directory, fits[0], prepared, tree, settings.binarise)
         latents = None
         if destination is not None or wanted.plot is not None:
-            with console.progress("latents", len(rows)) as bar:
+            with console.progress("latents", len(rows), lines=True) as bar:
                 first = fits[0]
-                shown = wanted.draws or (1 if wanted.plot is not None else 0)
+                shown = wanted.draws or 0
                 found = latents_of(first.posterior, first.model, prepared.values, settings.seed, shown, bar.to)
             latents = in_order(found, prepared.order)
     if wanted.plot is not None and latents is not None:
-        _plot(wanted.plot, latents, prepared, settings)
+        _plot(wanted.plot, latents, prepared, settings, fits[0].model)
     stream = None
     if destination is not None and latents is not None:
         asked = latents if wanted.draws else replace(latents, draws=None)
@@ -158,36 +165,49 @@ def write_frame(destination: "DrawDestination", frame: Any) -> bytes | None:
 
 
 def _announce(prepared: "Prepared", name: str, settings: "LatentOptions") -> None:
-    from hsivi_cli.methods.latent_registry import METHODS
+    from hsivi_cli.methods.latent_registry import METHODS, only
 
     model = prepared.model
+    own = only(settings, name).settings
+    words = METHODS[name].words + (f" ({', '.join(own)})" if own else "")
     prior = f"{model.clusters} clusters" if model.clusters else model.prior
+    prior = "normal" if name == "pca" else prior
     console.story(
-        f"{name}: {METHODS[name].words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
-        f"{model.latent} latents, prior {prior}"
+        f"{name}: {words}; {prepared.train} rows of {prepared.values.shape[1]} numbers, "
+        f"{model.latent} latent{'s' if model.latent > 1 else ''}, prior {prior}"
     )
 
 
 def _compared(reports: "list[LatentReport]") -> dict[str, Any]:
-    return {"compared": [report.to_json() for report in reports]} if len(reports) > 1 else {}
+    """Each method's figures, with its paired differences to the first one's."""
+    if len(reports) == 1:
+        return {}
+    first = reports[0]
+    against = [None if report is first else report.less(first) for report in reports]
+    found = [None if less is None else {"method": first.method} | asdict(less) for less in against]
+    trees = [report.to_json() | {"less": less} for report, less in zip(reports, found, strict=True)]
+    return {"compared": trees}
 
 
-def _plot(path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions") -> None:
+def _plot(
+    path: Path, latents: "Latents", prepared: "Prepared", settings: "LatentOptions", model: "LatentModel"
+) -> None:
     from hsivi_cli.evaluation.latent_plot import plot_map
     from hsivi_cli.methods.latent_registry import MANY_MODES
-    from hsivi_cli.methods.latent_report import map_points
+    from hsivi_cli.methods.latent_scores import cluster_circles, map_points
 
-    other, column = prepared.rows.other, settings.color_by or settings.labels
+    other, column = prepared.rows.other, settings.color_by or settings.labels or settings.group_by
+    group = settings.group_by or (settings.labels if settings.color_by else None)
     colour = other[column].to_numpy() if other is not None and column else None
-    both = other is not None and settings.color_by and settings.labels and settings.color_by != settings.labels
-    groups = other[settings.labels].to_numpy() if both and other is not None else None
-    model = prepared.model
-    prior = f"{model.clusters} clusters" if model.clusters else f"prior {model.prior}"
-    each = ", a draw of each" if settings.method in MANY_MODES else ""
+    groups = other[group].to_numpy() if other is not None and group and group != column else None
+    config = prepared.model
+    circles = cluster_circles(model.prior)
+    drawn = " (circles: two sds)" if circles is not None else ""
+    prior = f"{config.clusters} clusters{drawn}" if config.clusters else f"prior {config.prior}"
+    each = ", a typical draw of each" if settings.method in MANY_MODES else ""
     title = f"{settings.method}: {len(latents.mean)} rows{each}, {prior}"
-    plot_map(
-        path, map_points(settings.method, latents).double().numpy(), colour, column or "", groups=groups, title=title
-    )
+    points = map_points(settings.method, latents).double().numpy()
+    plot_map(path, points, colour, column or "", groups=groups, circles=circles, title=title)
     console.story(f"map: {path}")
 
 
@@ -212,6 +232,7 @@ def _print(reports: "list[LatentReport]") -> None:
         "method",
         "true ELBO",
         f"IWAE-{first.iwae_samples}",
+        *((f"less {first.method}'s",) if len(reports) > 1 else ()),
         *scores,
         "explained",
         "in use",
@@ -223,18 +244,30 @@ def _print(reports: "list[LatentReport]") -> None:
         high = "-"
         if report.khats:
             high = f"{sum(khat > 0.7 for khat in report.khats) / len(report.khats):.0%}"
-        cells = (report.method, _figure(report.elbo, report.elbo_se), _figure(report.iwae, report.iwae_se))
+        cells: tuple[str, ...] = (
+            report.method,
+            _figure(report.elbo, report.elbo_se),
+            _figure(report.iwae, report.iwae_se),
+        )
+        if len(reports) > 1:
+            less = None if report is first else report.less(first)
+            cells += ("-" if less is None else _figure(less.iwae, less.iwae_se, "+"),)
         own = tuple(f"{report.scores[name]:.3f}" if name in report.scores else "-" for name in scores)
         more = (f"{report.explained:.1%}", f"{report.used} of {report.latent}", high, f"{report.seconds:.1f}")
         lines.append((*cells, *own, *more))
     whose = "held out" if first.held_out else "that were trained on"
     console.result_table(f"nats a row (s.e.), {first.rows} rows {whose}", lines, header)
     console.result_line("")
+    _print_clusters(reports)
     if "latent NLL" in scores:
         from hsivi_cli.evaluation.latent_metrics import RUN_BANDWIDTHS
 
         widths = ", ".join(f"{width:g}" for width in RUN_BANDWIDTHS)
         console.result_line(f"latent NLL: of draws of the prior under kernels on the latents, bandwidths {widths}")
+    if any(report.less(first) is not None for report in reports[1:]):
+        console.result_line(
+            f"less {first.method}'s: IWAE row by row, s.e. over rows; another --seed may change it by more"
+        )
     for report in reports:
         if report.pseudo_elbo is not None:
             console.result_line(f"{report.method}: what it calls an ELBO is {report.pseudo_elbo:.3f}, not a bound")
@@ -243,7 +276,18 @@ def _print(reports: "list[LatentReport]") -> None:
     console.result_line(first.verdict.line if len(reports) == 1 else f"{first.method}: {first.verdict.line}")
 
 
-def _figure(value: float | None, error: float | None) -> str:
+def _print_clusters(reports: "list[LatentReport]") -> None:
+    lines = [
+        (report.method, source, *(f"{value:.3f}" for value in (found.purity, found.completeness, found.nmi)))
+        for report in reports
+        for source, found in report.clusters.items()
+    ]
+    if lines:
+        console.result_table("clusters against classes", lines, ("method", "of", "purity", "completeness", "NMI"))
+        console.result_line("")
+
+
+def _figure(value: float | None, error: float | None, sign: str = "") -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" + (f" ({error:.2g})" if error is not None and not math.isnan(error) else "")
+    return f"{value:{sign}.3f}" + (f" ({error:.2g})" if error is not None and not math.isnan(error) else "")

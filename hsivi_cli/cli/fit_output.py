@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hsivi_cli.methods.posterior_report import PosteriorReport
     from hsivi_cli.methods.refine import OnProgress, Progress
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = console.SECONDS_BETWEEN_LINES
 
 
 @dataclass(frozen=True)

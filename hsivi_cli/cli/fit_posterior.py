@@ -36,17 +36,8 @@ METHODS = (
     "hsivi-sm",
 )
 LATENT_METHODS = (
-    "ddvi",
-    "gpvae",
-    "vae",
-    "iwae",
-    "iaf",
-    "nsf",
-    "hierarchical",
-    "aae",
-    "sa-vae",
-    "vae-decay",
-    "pca",
+    *("ddvi", "gpvae", "gpvae-fg", "vae", "iwae", "iaf", "nsf"),
+    *("hierarchical", "aae", "sa-vae", "vae-decay", "pca"),
 )
 AMORTISED_ONLY = ("npe", "wake", "defensive-wake", "msc")
 DEFAULT_DRAWS = 4000
@@ -123,7 +114,8 @@ def fit_posterior(
         ),
     ] = None,
     embedding: Annotated[
-        str | None, typer.Option("--embedding", help="With --amortize: auto, identity, mlp, set or image.")
+        str | None,
+        typer.Option("--embedding", help="With --amortize: auto, identity, mlp, set, image. With latents: mlp, image."),
     ] = None,
     shape: Annotated[
         str | None,
@@ -142,6 +134,16 @@ def fit_posterior(
     color_by: Annotated[
         str | None, typer.Option("--color-by", help="Of --model latent: a column, never data, to colour and score by.")
     ] = None,
+    group_by: Annotated[
+        str | None, typer.Option("--group-by", help="Of --model latent: a column whose groups share a hue on the map.")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--columns", help="Of --model latent: the data, as a,b or PC1..PC10. Default: all numbers."),
+    ] = None,
+    noise: Annotated[
+        str | None, typer.Option("--noise", help="Of --model latent, gaussian: column, or shared if all have one unit.")
+    ] = None,
     compare: Annotated[
         str | None, typer.Option("--compare", help="Of --model latent: train these too, as vae,iaf,pca; one table.")
     ] = None,
@@ -152,6 +154,16 @@ def fit_posterior(
     hold_out: Annotated[
         float | None,
         typer.Option("--hold-out", help="Of --model latent: share of the rows to measure on. Default: 0.1."),
+    ] = None,
+    binarise: Annotated[
+        float | None, typer.Option("--binarise", help="Of --model latent: numbers count as 1 above this, else as 0.")
+    ] = None,
+    fields_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Of --model latent: a method's own setting, as kappa=0.1 or vae-decay.weight_decay=1; may repeat.",
+        ),
     ] = None,
     covariance: Annotated[
         str, typer.Option("--covariance", help="Of --method vi: full-rank or mean-field.")
@@ -230,13 +242,15 @@ def fit_posterior(
         "color_by": color_by,
         "iwae": iwae,
     }
-    of_latents["hold_out"] = hold_out
+    of_latents |= {"group_by": group_by, "columns": columns, "noise": noise, "hold_out": hold_out}
+    of_latents |= {"binarise": binarise, "settings": tuple(fields_set) if fields_set else None}
     of_amortised: dict[str, Any] = {"simulations": simulations, "sleep": sleep, "embedding": embedding, "shape": shape}
     if model == "latent":
         from hsivi_cli.cli.fit_latent import fit_latent, options_from
 
         unused: dict[str, Any] = {"formula": formula, "example": example, "amortize": amortize, "layerwise": layerwise}
         unused |= {"encoder": encoder, "estimator": estimator, "particles": particles, "sbc": sbc} | of_amortised
+        of_latents["embedding"] = unused.pop("embedding")
         unused |= {"bridges": bridges, "layers": layers}
         unused |= {"refine": refine != "auto", "covariance": covariance != "full-rank", "na": na != "error"}
         for name, given in unused.items():
@@ -252,7 +266,7 @@ def fit_posterior(
         return
     for name, value in (of_latents | {"compare": compare}).items():
         if value is not None:
-            flag = name.replace("_", "-")
+            flag = "set" if name == "settings" else name.replace("_", "-")
             raise InputError(f"--{flag} goes with --model latent: add it, or leave --{flag} out")
     if method in LATENT_METHODS:
         raise InputError(f"--method {method} is for rows with latents: add --model latent")

@@ -52,14 +52,16 @@ def _latents(path: Path, observe: str, n: int, seed: int, out: str | None, force
     destination = open_table(out, force) if out else None
     with console.guarded_stdout():
         opened = open_latent(path)
-        rows, x = read_new_rows(opened, observe)
+        with console.progress("reading", 1, lines=True) as bar:
+            rows, x = read_new_rows(opened, observe, bar.to)
+        _tell_gaps(opened, x)
         far = _far(opened, x)
         if far:
             console.warn(
                 f"{far} of {len(x)} rows have a number far beyond those the fit has seen in its column: the encoder "
                 "extrapolates there"
             )
-        with console.progress("latents", len(x)) as bar:
+        with console.progress("latents", len(x), lines=True) as bar:
             found = latents_of(opened.posterior, opened.model, x, seed, n, bar.to)
     stream = write_latents(destination, found, rows.other) if destination is not None else None
     verdict = opened.report["verdict"]
@@ -120,6 +122,18 @@ def _fantasies(
         console.result_json({"fit": str(path), "n": n, "seed": seed, "out": wanted})
     else:
         console.result_line(wanted)
+
+
+def _tell_gaps(opened: "OpenedLatent", x: Any) -> None:
+    missing = x.isnan()
+    rows, empty = int(missing.any(1).sum()), int(missing.all(1).sum())
+    if rows and not opened.gaps:
+        console.warn(
+            f"{rows} of {len(x)} rows lack numbers, and the fit has seen none that do: its encoder was never taught to "
+            "leave them out; fit to rows with gaps for such rows"
+        )
+    if empty:
+        console.warn(f"{empty} of {len(x)} rows have no number at all: their latents say nothing")
 
 
 def _far(opened: "OpenedLatent", x: Any) -> int:

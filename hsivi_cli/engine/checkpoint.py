@@ -64,5 +64,5 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         tree = unpack(tensors, structure)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as err:
-        raise InputError(f"{path} is damaged or no checkpoint of hsivi ({err}): it cannot be resumed") from err
+        raise InputError(f"{path} is damaged or no checkpoint of hsivi ({err})") from err
     return tree

@@ -35,7 +35,7 @@ LogJoint = Callable[[Tensor, Tensor], Tensor]
 class Posterior(Protocol):
     """What is judged."""
 
-    def draw(self, x: Tensor, k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Tensor, k: int, generator: torch.Generator, weigh: bool = ...) -> LatentDraws:
         """k weighted draws a row."""
 
 
@@ -84,6 +84,28 @@ def bounds(posterior: Posterior, x: Float[Tensor, "n D"], k: int, generator: tor
         iwae.append(best - math.log(k))
     rows, weighted = torch.cat(elbo), torch.cat(iwae)
     return Bounds(k, *_mean(rows), *_mean(weighted), rows, weighted)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean over rows of one method's bound less another's of the same rows, in nats, with its standard error.
+
+    The error is of the rows as a sample, for the two fits as they are: what another seed of training would change is
+    not in it. It is far below that of either bound, since rows that are hard are hard for both.
+    """
+
+    elbo: float
+    elbo_se: float
+    iwae: float
+    iwae_se: float
+
+
+def paired(bounds_of_one: Bounds, of_other: Bounds) -> Paired:
+    """The differences "one less other". Raises InputError unless both are of as many rows and draws."""
+    one, other = bounds_of_one, of_other
+    if len(one.iwae_rows) != len(other.iwae_rows) or one.draws != other.draws:
+        raise InputError("bounds are compared row by row: both must be of the same rows and as many draws")
+    return Paired(*_mean(one.elbo_rows - other.elbo_rows), *_mean(one.iwae_rows - other.iwae_rows))
 
 
 def latent_nll(

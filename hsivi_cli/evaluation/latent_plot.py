@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.evaluation.latent_plot_names import name_on_map
 from hsivi_cli.evaluation.posterior_plot import BLUE, INK, MUTED, new_figure, save_figure, shortened, tidy
 
 if TYPE_CHECKING:
@@ -49,14 +50,16 @@ def plot_map(
     *,
     groups: Sequence[Any] | np.ndarray | None = None,
     sd: Float[np.ndarray, "n d"] | None = None,
+    circles: Float[np.ndarray, "K 3"] | None = None,
     title: str = "",
 ) -> None:
     """Draw latents, coloured by the n values of the column `name`; NaN, None and "" are grey.
 
     Text, booleans and few whole numbers are categories, other numbers a colour bar. `groups`, another column, orders
     the legend and gives the categories of a group shades of one hue. `sd` draws ellipses of one standard deviation,
-    for at most 400 rows spread evenly. Raises InputError where lengths differ; rows that are not finite are left out,
-    and the picture says how many.
+    for at most 400 rows spread evenly; `circles` are centres and radii in two latents. Short names of categories stand
+    on the map too. Raises InputError where lengths differ; rows that are not finite are left out, and the picture says
+    how many.
     """
     mean = np.asarray(mean, np.float64)
     if mean.ndim != 2 or 0 in mean.shape:
@@ -76,7 +79,8 @@ def plot_map(
     notes += [note] if note else []
     numbers = None if column is None else _numbers(column)
     kinds = [] if column is None or numbers is not None else categories(column, grouped)
-    _draw(path, place, covariance, labels, kinds, numbers, name, title, notes)
+    rings = circles if circles is not None and mean.shape[1] == 2 else np.zeros((0, 3))
+    _draw(path, place, covariance, labels, kinds, numbers, name, title, rings, notes)
 
 
 def categories(column: np.ndarray, groups: np.ndarray | None = None) -> list[Category]:
@@ -150,8 +154,10 @@ def _project(
 
 def _draw(
     path: Path, place: np.ndarray, covariance: np.ndarray | None, labels: tuple[str, str],
-    kinds: list[Category], numbers: np.ndarray | None, name: str, title: str, notes: list[str],
+    kinds: list[Category], numbers: np.ndarray | None, name: str, title: str, rings: np.ndarray, notes: list[str],
 ) -> None:  # fmt: skip
+    from matplotlib.patches import Circle
+
     strip = place.shape[1] == 1
     columns = _legend_columns(kinds)
     lines, across = [line for column in columns for line in column], len(columns)
@@ -183,6 +189,11 @@ def _draw(
     else:
         panel.scatter(points[:, 0], points[:, 1], color=BLUE, **style)
     _limits(panel, points, strip)
+    for x, y, radius in rings:
+        panel.add_patch(Circle((x, y), radius, fill=False, edgecolor=INK, linewidth=0.7, alpha=0.45))
+    named = [kind for kind in kinds if kind.colour not in (MISSING, MUTED)]
+    if named and not strip:
+        name_on_map(panel, [points[k.at] for k in named], [k.label for k in named], [k.colour for k in named])
     panel.set_xlabel(labels[0], fontsize=8.5, color=MUTED)
     panel.set_ylabel(labels[1], fontsize=8.5, color=MUTED)
     if lines and not strip:

@@ -64,6 +64,9 @@ def _read_plink(path: Path, every: int) -> Genotypes:
                 values[:, begin : begin + len(index)] = file.read(index=np.s_[:, index], dtype="float32")
             people, names = [str(name) for name in file.iid], [str(name) for name in file.sid[chosen]]
     except (ValueError, OSError, RuntimeError, IndexError) as err:
+        with bed.with_suffix(".bim").open(encoding="utf-8", errors="replace") as text:
+            if "\t" not in text.readline():
+                raise InputError(f"{text.name} is not separated by tabs: write it anew with plink --make-bed") from err
         raise InputError(f"{bed} is damaged or does not fit its .bim and .fam ({_first_line(err)})") from err
     return values, people, _distinct(names), []
 
@@ -90,8 +93,12 @@ def _read_vcf(path: Path, every: int) -> Genotypes:
             calls.append(variant.gt_types.astype(np.int8))
             names.append(variant.ID or f"{variant.CHROM}:{variant.POS}")
         file.close()
-    except (ValueError, OSError, RuntimeError) as err:
-        raise InputError(f"{path} is damaged or no VCF ({_first_line(err)})") from err
+    except InputError:
+        raise
+    except Exception as err:  # cyvcf2 raises no narrower one
+        raise InputError(
+            f"{path} is damaged or no VCF after {len(calls) + several} variants ({_first_line(err)})"
+        ) from err
     values = np.empty((len(people), len(calls)), np.float32)
     for column, call in enumerate(calls):
         values[:, column] = np.where(call == 3, np.nan, call)
@@ -114,6 +121,16 @@ def letters_of(column: "pandas.Series[Any]") -> set[str] | None:
     return found or None
 
 
+def odd_letters(column: "pandas.Series[Any]") -> int | None:
+    """The place, from 0, of the first value that is no pair of letters in a column that mostly holds such; or None."""
+    there = column.dropna()
+    pairs = there.map(lambda text: isinstance(text, str) and bool(_PAIR.fullmatch(text.strip())))
+    if 2 * int(pairs.sum()) <= len(there):
+        return None
+    odd = there[~pairs & ~there.map(lambda text: isinstance(text, str) and text.strip() in NO_CALL)]
+    return int(column.index.get_loc(odd.index[0])) if len(odd) else None
+
+
 def count_letters(
     column: "pandas.Series[Any]", name: str, alleles: str | None = None
 ) -> tuple[Float32[np.ndarray, " n"], str]:
@@ -127,7 +144,7 @@ def count_letters(
         if len(here) > 2:
             raise InputError(
                 f'column "{name}" has {len(here)} alleles ({", ".join(sorted(here))}), and 0/1/2 can count one of two: '
-                "leave it out with --columns"
+                "take it out of the table"
             )
         alleles = "".join(sorted(here))
     elif here - set(alleles):

@@ -1,7 +1,7 @@
 """Large CSV and parquet files read in batches into one float32 array: the text and wider numbers never exist whole."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,15 @@ def is_large(path: Path) -> bool:
 
 
 def stream_table(
-    path: Path, columns: tuple[str, ...] | None, labels: tuple[str, ...]
+    path: Path,
+    columns: tuple[str, ...] | None,
+    labels: tuple[str, ...],
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[np.ndarray, tuple[str, ...], "pandas.DataFrame"]:
     """Values (N, D) float32, the names of their columns, and the other columns as a frame.
 
     Which columns are numbers is decided by the first megabyte (parquet: the schema). Raises InputError for unknown
-    columns, for text in a column of numbers, and for damaged files.
+    columns, for text in a column of numbers, and for damaged files. `on_rows` is told the rows read, and of how many.
     """
     with path.open("rb") as file:
         parquet = file.read(4) == b"PAR1"
@@ -63,6 +66,7 @@ def stream_table(
             if beside:
                 kept.append(part.select(beside))
             at += part.num_rows
+            on_rows(at, rows)
     except (pyarrow.ArrowException, OSError) as err:
         raise InputError(_complaint(path, str(err).splitlines()[0])) from err
     other = pyarrow.Table.from_batches(kept).to_pandas() if kept else None

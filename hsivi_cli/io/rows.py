@@ -5,8 +5,9 @@ A large CSV or parquet file is read in batches straight into float32, so that a 
 """
 
 import gzip
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -17,7 +18,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.genotypes import count_letters, is_genotype_file, letters_of, read_genotypes
+from hsivi_cli.io.genotypes import count_letters, is_genotype_file, letters_of, odd_letters, read_genotypes
 from hsivi_cli.io.images import IMAGE_SUFFIXES, NAMED_SETS, image_set, read_idx, read_images
 from hsivi_cli.io.row_streams import is_large, stream_table
 from hsivi_cli.io.tables import read_table
@@ -80,11 +81,13 @@ def read_rows(
     alleles: Mapping[str, str] | None = None,
     every: int = 1,
     stream: BinaryIO | None = None,
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Rows:
     """Read rows from CSV, TSV or parquet (or `-`), `.npy`, an image folder, idx file or named set, PLINK or VCF.
 
     Of tables, all numeric and genotype columns are data but those in `labels`, or exactly `columns`, in that order.
-    `alleles` are those of an earlier reading; `every` thins the variants of genotype files. Raises InputError in one
+    `alleles` are those of an earlier reading; `every` thins the variants of genotype files. `on_rows` is told
+    the rows read of a large table, and of how many. Raises InputError in one
     line that names file and column; see `clean` for what is checked of the values.
     """
     path = Path(source)
@@ -101,8 +104,24 @@ def read_rows(
         raise InputError(f"{source} is a single image: name the folder of all images")
     else:
         chosen = None if columns is None else tuple(columns)
-        return _table(source, chosen, tuple(labels), alleles or {}, stream)
+        return _table(source, chosen, tuple(labels), alleles or {}, stream, on_rows)
     return rows if columns is None else select(rows, columns)
+
+
+def name_columns(text: str) -> tuple[str, ...]:
+    """The names in "a,b" and "PC1..PC10", which is PC1, PC2 .. PC10. Raises InputError for what is neither."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ends = re.fullmatch(r"(.*?)(\d+)\s*\.\.\s*(.*?)(\d+)", part)
+        if ends is not None and ends[1] == ends[3] and int(ends[2]) <= int(ends[4]):
+            names += [f"{ends[1]}{number}" for number in range(int(ends[2]), int(ends[4]) + 1)]
+        elif ".." in part:
+            raise InputError(f"--columns {part}: a range is written as PC1..PC10, one name with a rising number")
+        else:
+            names.append(part)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--columns {text}: name columns, each once, as a,b or PC1..PC10")
+    return tuple(names)
 
 
 def select(rows: Rows, columns: Sequence[str]) -> Rows:
@@ -204,9 +223,10 @@ def _table(
     labels: tuple[str, ...],
     alleles: Mapping[str, str],
     stream: BinaryIO | None,
+    on_rows: Callable[[int, int], None],
 ) -> Rows:
     if source != "-" and is_large(Path(source)):
-        values, names, other = stream_table(Path(source), columns, labels)
+        values, names, other = stream_table(Path(source), columns, labels, on_rows)
         return Rows(values, names, other, source=source)
     frame = read_table(source, stream)
     unknown = [name for name in (*(columns or ()), *labels) if name not in frame.columns]
@@ -223,10 +243,18 @@ def _table(
         if series.dtype.kind in "iufb" or series.isna().all():
             data.append(column)
         elif column in alleles or letters_of(series) is not None:
-            counted[column], letters[column] = count_letters(series, column, alleles.get(column))
+            try:
+                counted[column], letters[column] = count_letters(series, column, alleles.get(column))
+            except InputError as err:
+                raise InputError(f"{name}: {err}") from err
             data.append(column)
         elif columns is not None or _mostly_numbers(series):
             raise InputError(_text_complaint(series, column, name))
+        elif (row := odd_letters(series)) is not None:
+            raise InputError(
+                f'{name}: column "{column}", row {row + 1} is "{str(series.iloc[row])[:40]}", not a pair of letters of '
+                "A, C, G, T: mend it, leave the cell empty where it is missing, or name the column with --color-by"
+            )
     if not data:
         raise InputError(f"{name} has no column of numbers or genotypes")
     values = np.empty((len(frame), len(data)), np.float32)

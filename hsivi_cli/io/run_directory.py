@@ -150,6 +150,11 @@ def _check(directory: Path, config: dict[str, Any], resume: bool) -> bool:
         raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
     if changed:
         was, now = before.get(changed[0]), config.get(changed[0])
+        if isinstance(was, dict) and isinstance(now, dict):
+            if was.get("data") != now.get("data"):
+                raise InputError(f"--resume: the data are not those that {directory} was begun with: give it the same")
+            key = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
+            raise InputError(f"--resume: {key} was {was.get(key)!r}, now {now.get(key)!r}: repeat the first command")
         raise InputError(f"--resume: {changed[0]} was {was!r}, now {now!r}: repeat the first command's options")
     return True
 

@@ -47,6 +47,8 @@ def read_table(source: str, stream: BinaryIO | None = None) -> "pandas.DataFrame
         raise InputError(
             f"{name} is a pickle, a workbook or an archive, which are not read: write it as CSV or parquet"
         )
+    if name.lower().endswith((".parquet", ".pq")) and not data.startswith(_PARQUET_MAGIC):
+        raise InputError(f"{name} is damaged or no parquet file: a text table is read under the name .csv")
     table = _parquet(data, name) if data.startswith(_PARQUET_MAGIC) else _text(data, name)
     _check_names(list(table.column_names), name)
     if table.num_rows == 0:

@@ -18,7 +18,7 @@ from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
-from hsivi_cli.methods.latent_training import TrainingConfig, gaussian_draws, make_state
+from hsivi_cli.methods.latent_training import TrainingConfig, begin_step, gaussian_draws, make_state
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.decoders import MlpDecoder
 from hsivi_cli.networks.random_function import RandomEncoder
@@ -74,7 +74,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """The three phases on a minibatch of rows; labels, where there are any, are left aside."""
     config = state.config
-    state.step += 1
+    begin_step(state)
     x = _as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     rate = LearningRate(config.lr, 1, config.schedule).at(min(state.step, config.steps), config.steps)
     log_likelihood = state.model.log_likelihood(x, encode(state, x, generator)).mean()
@@ -108,13 +108,13 @@ class AdversarialPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k codes a row; `log_weight` is None where the encoder has no density."""
         state = self.state
         x = _as_rows(state, x)
         at = state.encoder(x)
         if state.config.noise == "gaussian":
-            return gaussian_draws(state.model, x, at.mean, at.log_sd.exp(), k, generator)
+            return gaussian_draws(state.model, x, at.mean, at.log_sd.exp(), k, generator, weigh)
         return LatentDraws(at.mean.expand(k, -1, -1).clone(), None, at.mean, torch.zeros_like(at.mean))
 
 

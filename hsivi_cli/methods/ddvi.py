@@ -24,6 +24,7 @@ from hsivi_cli.engine.optimisation import LearningRate
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.methods import ddvi_classes
 from hsivi_cli.methods.ddvi_draws import Posterior, normals
+from hsivi_cli.methods.latent_training import begin_step
 from hsivi_cli.networks.decoders import ConvTrunk, MlpTrunk
 from hsivi_cli.networks.reverse_diffusion import DiffusionEncoder, MeanKind, ReverseConfig, VarianceKind
 from hsivi_cli.objectives.ddvi_bound import pathwise_bound, per_step_bound, sleep_loss, sleep_start, sleep_step
@@ -65,6 +66,7 @@ class Config:
     sleep_batch: int = 0
     sleep_times: int = 4
     sleep_first: float = 0.0
+    narrow: float = 0.75
     warm: float = 0.0
     wake: bool = True
     freeze_decoder: bool = False
@@ -141,7 +143,7 @@ def step(state: State, batch: Tensor | Sequence[Tensor] | None, generator: torch
     Raises RunError where the gradient stays infinite.
     """
     config = state.config
-    state.step += 1
+    begin_step(state)
     rows, labels = _batch(state, batch, generator)
     rate = LearningRate(config.lr, config.warmup, "cosine").at(min(state.step, config.steps), config.steps)
     metrics: dict[str, float] = {}

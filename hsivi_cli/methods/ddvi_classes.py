@@ -79,8 +79,8 @@ def wake(
 
 @torch.no_grad()
 def draw(
-    state: "State", rows: Float[Tensor, "n D"], k: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "k n d"], Float[Tensor, "k n"]]:
+    state: "State", rows: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True
+) -> tuple[Float[Tensor, "k n d"], Float[Tensor, "k n"] | None]:
     """k draws a row, the class of each from q(k | x), and their exact log weights, the class an auxiliary variable."""
     encoder, n = state.encoder, len(rows)
     encoded = encoder.encode(rows)
@@ -89,6 +89,8 @@ def draw(
     chosen = torch.multinomial(log_q.exp(), k, replacement=True, generator=generator).T.reshape(-1)
     row = torch.arange(n).repeat(k)
     chain = _chain(state, encoded, row, chosen, generator)
+    if not weigh:
+        return chain.z.view(k, n, -1), None
     log_joint = _log_joint(state, rows[row], chain.z, chosen).double()
     log_weight = pathwise_bound(log_joint, chain, state.noise) - log_q[row, chosen]
     return chain.z.view(k, n, -1), log_weight.view(k, n)

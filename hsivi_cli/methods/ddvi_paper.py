@@ -166,7 +166,7 @@ class Posterior:
     is_bound: bool = False
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row, without weights."""
         rows = x.to(self.state.model.like())
         z = torch.stack([_chain(self.state, rows, self._early, generator)[0][0] for _ in range(k)])

@@ -20,15 +20,13 @@ from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.methods import latent_training
-from hsivi_cli.methods.latent_training import State, TrainingConfig, descend, log_joint, make_state, warmed
+from hsivi_cli.methods.latent_training import State, TrainingConfig, begin_step, descend, log_joint, make_state, warmed
 from hsivi_cli.methods.vae import PLAIN
 from hsivi_cli.networks.random_function import HIGHEST_LOG_SD, LOWEST_LOG_SD, RandomEncoder
 from hsivi_cli.objectives.vae_bounds import importance_weighted_bound
 from hsivi_cli.targets.latent import LatentTask
 
 DRAWS_AT_ONCE = 50_000
-FEWEST_DRAWS = 64
-"""Behind a row's mean and standard deviation, which have no closed form."""
 START = 0.1
 """The last layer of a flow's networks begins at this share of its usual size."""
 
@@ -113,7 +111,7 @@ def build_flow(config: Config, features: int, dim: int) -> nn.Module:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     z, log_q = state.encoder(x, _noise(state, len(x), config.samples, generator))
     if config.objective == "iwae":
@@ -134,20 +132,24 @@ def _noise(state: State, rows: int, k: int, generator: torch.Generator) -> Float
 
 
 def sampled_draws(
-    state: State, x: Float[Tensor, "n D"], k: int, some: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    state: State,
+    x: Float[Tensor, "n D"],
+    k: int,
+    weigh: bool,
+    some: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> LatentDraws:
-    """k draws a row of a posterior whose moments have no closed form: those of the draws, or of 64 where k is less.
+    """k draws a row of a posterior whose moments have no closed form: they are those of the draws.
 
-    `some(rows, many)` gives draws (many, n, d) and their log densities (many, n).
+    `some(rows)` gives draws (k, n, d) and their log densities (k, n).
     """
-    rows, many, parts = latent_training.as_rows(state, x), max(k, FEWEST_DRAWS), []
-    for part in rows.split(max(1, DRAWS_AT_ONCE // many)):
-        z, log_q = some(part, many)
-        # rounding of float32 in the moments, not in the weights
-        parts.append((z[:k], log_joint(state.model, part, z[:k]) - log_q[:k].double(), z.mean(0), z.std(0)))
-    z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
-    mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
-    return LatentDraws(z, log_weight, mean, sd)
+    draws, weights = [], []
+    for part in latent_training.as_rows(state, x).split(max(1, DRAWS_AT_ONCE // k)):
+        z, log_q = some(part)
+        draws.append(z)
+        if weigh:
+            weights.append(log_joint(state.model, part, z) - log_q.double())
+    z = torch.cat(draws, 1)
+    return LatentDraws(z, torch.cat(weights, 1) if weigh else None, z.mean(0), z.std(0, correction=min(1, k - 1)))
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,14 @@ class FlowPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
-        """k draws a row with their unbiased weights; mean and sd are of those draws, or of 64 where k is less."""
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
+        """k draws a row with their unbiased weights."""
 
-        def some(part: Tensor, many: int) -> tuple[Tensor, Tensor]:
-            found: tuple[Tensor, Tensor] = self.state.encoder(part, _noise(self.state, len(part), many, generator))
+        def some(part: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.state.encoder(part, _noise(self.state, len(part), k, generator))
             return found
 
-        return sampled_draws(self.state, x, k, some)
+        return sampled_draws(self.state, x, k, weigh, some)
 
 
 def posterior(state: State) -> FlowPosterior:

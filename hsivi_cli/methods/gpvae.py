@@ -20,6 +20,7 @@ from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     bound_terms,
     descend,
     gaussian_draws,
@@ -80,7 +81,7 @@ def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.G
     the marginal that draws come from. `novelty` is the mean of v over the variance of q(z | x, f, g).
     """
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     at = state.encoder(x)
     warm = state.step <= config.warm_start
@@ -107,11 +108,18 @@ class Uncertainty:
     """Of the posterior approximation itself, a row: the variances of its mean and of its log sd over functions.
 
     `novelty` is the mean over coordinates of `v / E e^{2 g}`, in a linear model the leverage of the row's features.
+    `mean_sd`, the root of the mean of v, is in units of the latents. It tells noise from rows where novelty does not:
+    far away the encoder's own spread may grow faster than v (on MNIST novelty called noise the most certain of all).
     """
 
     v: Float[Tensor, "n d"]
     s: Float[Tensor, "n d"]
     novelty: Float[Tensor, " n"]
+
+    @property
+    def mean_sd(self) -> Float[Tensor, " n"]:
+        """Standard deviation of the row's mean over functions."""
+        return self.v.mean(-1).sqrt()
 
 
 @dataclass(frozen=True)
@@ -136,14 +144,14 @@ class RandomFunctionPosterior:
         return (at.v + variance).sqrt()
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row, weighed by the very density they come from: each weight's mean is p(x)."""
         state = self.state
         x = latent_training.as_rows(state, x)
         at = state.encoder(x)
         sd = self.marginal_sd(at)
         if state.config.density != "mixture" or state.config.functions == "f":
-            return gaussian_draws(state.model, x, at.mean, sd, k, generator)
+            return gaussian_draws(state.model, x, at.mean, sd, k, generator, weigh)
         # given these g, z is a draw of their mixture; so the weight is unbiased whichever g they were
         many = (COMPONENTS, *at.mean.shape)
         g = at.log_sd + at.s.sqrt() * torch.randn(many, generator=generator, dtype=sd.dtype).to(sd)
@@ -151,6 +159,8 @@ class RandomFunctionPosterior:
         chosen = torch.randint(COMPONENTS, (k, len(x)), generator=generator).to(sd.device)
         noise = torch.randn(k, *at.mean.shape, generator=generator, dtype=sd.dtype).to(sd)
         z = at.mean + sds[chosen, torch.arange(len(x), device=sd.device)] * noise
+        if not weigh:
+            return LatentDraws(z, None, at.mean, sd)
         log_q = torch.stack([gaussian_log_prob(z.double(), at.mean.double(), one) for one in sds.double()])
         log_weight = log_joint(state.model, x, z) - (log_q.logsumexp(0) - math.log(COMPONENTS))
         return LatentDraws(z, log_weight, at.mean, sd)

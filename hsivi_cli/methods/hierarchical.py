@@ -26,6 +26,7 @@ from hsivi_cli.methods.flow_posterior import sampled_draws
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     descend,
     gaussian_log_prob,
     make_state,
@@ -122,7 +123,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     z, log_q = state.encoder(x, *_noise(state, len(x), config.samples, generator))
     log_likelihood = state.model.log_likelihood(x, z).mean()
@@ -153,14 +154,14 @@ class HierarchicalPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
-        """k draws a row, weights with the exact auxiliary ratio; mean and sd of the draws, or of 64 where k is less."""
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
+        """k draws a row, weights with the exact auxiliary ratio."""
 
-        def some(part: Tensor, many: int) -> tuple[Tensor, Tensor]:
-            found: tuple[Tensor, Tensor] = self.state.encoder(part, *_noise(self.state, len(part), many, generator))
+        def some(part: Tensor) -> tuple[Tensor, Tensor]:
+            found: tuple[Tensor, Tensor] = self.state.encoder(part, *_noise(self.state, len(part), k, generator))
             return found
 
-        return sampled_draws(self.state, x, k, some)
+        return sampled_draws(self.state, x, k, weigh, some)
 
 
 def posterior(state: State) -> HierarchicalPosterior:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import InputError, InterruptError
 from hsivi_cli.io.latent_draws import LatentDraws
-from hsivi_cli.io.rows import Rows, clean, read_rows
+from hsivi_cli.io.rows import Rows, binarise, clean, read_rows
 from hsivi_cli.io.run_directory import CHECKPOINT
 from hsivi_cli.methods.ddvi_classes import assign
 from hsivi_cli.methods.latent_registry import (
@@ -27,6 +27,7 @@ from hsivi_cli.methods.latent_registry import (
     only,
 )
 from hsivi_cli.targets.latent import LatentModel, LatentTask, ModelConfig, build_model
+from hsivi_cli.targets.latent_priors import PLACED_ON, ClusterPrior
 from hsivi_cli.targets.likelihoods import likelihood_for
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ MOST_HELD_OUT = 10_000
 NEVER = 2**62  # checkpoints come by the clock, and at the end
 LOG_EVERY = 100
 ROWS_AT_ONCE = 2000
+PLACED_AT = 0.4
+"""Share of the steps with a normal prior before clusters are placed where the latents have come to lie."""
+AXES = (0, 0, 1, 0, 0, 0)
+"""Of the rows, in what is collected of each block."""
 MEAN_DRAWS, FEW_DRAWS, MANY_ROWS = 32, 8, 50_000
 """Draws behind a row's mean and standard deviation where more are not asked for; for more rows than that, few."""
 
@@ -46,7 +51,8 @@ class Prepared:
     """Rows in the order train, test: `order` (N,) says where each stood in the source, from 0.
 
     `labels` (N,) of `--labels` and `colors` (N,) of the column to score and colour by are -1 where unknown, in the same
-    order; None where there are none. `names` are the classes of `colors`. `facts` are lines to tell.
+    order; None where there are none. `names` are the classes of `colors`, `label_names` those of `labels`. `facts` are
+    lines to tell.
     """
 
     rows: Rows
@@ -57,6 +63,7 @@ class Prepared:
     colors: Tensor | None
     color_column: str | None
     names: tuple[str, ...]
+    label_names: tuple[str, ...]
     gaps: bool
     facts: tuple[str, ...]
 
@@ -87,14 +94,27 @@ class Trained:
         return model
 
 
-def read_latent(source: str, options: LatentOptions) -> Rows:
+def read_latent(
+    source: str, options: LatentOptions, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> Rows:
     """The rows, checked; the label and colour columns beside them. Raises InputError in one line."""
     check_latent(options)
-    kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by) if name))
-    rows = clean(read_rows(source, labels=kept))
+    kept = tuple(dict.fromkeys(name for name in (options.labels, options.color_by, options.group_by) if name))
+    rows = read_rows(source, options.columns or None, kept, on_rows=on_rows)
+    rows = clean(rows if options.binarise is None else binarise(rows, options.binarise))
     for name in kept:
         if rows.other is None or name not in rows.other.columns:
             rows.labels(name)  # says which there are
+    beside = [str(name) for name in rows.other.columns if name not in kept] if rows.other is not None else []
+    if (beside and rows.kind == "numbers") or len(beside) > 1:
+        shown = ", ".join(beside[:4]) + (f" and {len(beside) - 4} more" if len(beside) > 4 else "")
+        count = "column is" if len(beside) == 1 else "columns are"
+        fact = f"{len(beside)} {count} text, not fitted but written beside the latents: {shown}"
+        rows = replace(rows, facts=(*rows.facts, fact))
+    if options.clusters is not None and options.clusters > len(rows):
+        raise InputError(
+            f"--clusters {options.clusters} is more than the {len(rows)} rows of {rows.source}: choose fewer"
+        )
     if options.latent > rows.values.shape[1]:
         raise InputError(
             f"--latent {options.latent} is more than the {rows.values.shape[1]} columns of {rows.source}: choose fewer"
@@ -104,14 +124,17 @@ def read_latent(source: str, options: LatentOptions) -> Rows:
 
 def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     """Split the rows (the memory of `rows` is reordered), read the labels, choose the model. Raises InputError."""
-    labels, classes = rows.labels(options.labels) if options.labels else (None, ())
+    labels, label_names = rows.labels(options.labels) if options.labels else (None, ())
+    if labels is not None:
+        _check_labels(rows, str(options.labels), labels, len(label_names))
     column = options.color_by or options.labels
     colors, names = rows.labels(column) if column else (None, ())
-    model, facts = model_config(options, rows, len(classes))
+    model, facts = model_config(options, rows, len(label_names))
     try:
         likelihood_for(model.likelihood, rows.tensor(), rows.columns)
     except InputError as err:
-        raise InputError(f"{rows.source}: {err}") from err
+        hint = " (--binarise 0.5 makes it so)" if model.likelihood == "bernoulli" else ""
+        raise InputError(f"{rows.source}: {err}{hint}") from err
     count = len(rows)
     held = min(round(options.hold_out * count), MOST_HELD_OUT, count - 2)
     if options.hold_out and held < 1:
@@ -122,14 +145,26 @@ def prepare(rows: Rows, options: LatentOptions) -> Prepared:
     order = _move_to_end(rows.values, held, options.seed)
     places = torch.from_numpy(order)
     labels, colors = (None if codes is None else codes[places] for codes in (labels, colors))
-    gaps = _any_missing(rows.values)
+    gaps = any_missing(rows.values)
     if gaps:
         facts += ("values are missing: the likelihood leaves them out, the encoder is told which ones",)
     if labels is not None and held and "ddvi" in options.methods:
         facts += ("ddvi is told the labels of the rows it trains on, never of those held out",)
     elif labels is not None:
         facts += (f'{options.method} learns nothing from --labels "{options.labels}": they colour and score',)
-    return Prepared(rows, count - held, order, model, labels, colors, column, names, gaps, (*rows.facts, *facts))
+    facts = (*rows.facts, *facts)
+    return Prepared(rows, count - held, order, model, labels, colors, column, names, label_names, gaps, facts)
+
+
+def _check_labels(rows: Rows, name: str, labels: Tensor, classes: int) -> None:
+    known = int((labels >= 0).sum())
+    if classes == 1:
+        raise InputError(f'--labels {name}: "{name}" of {rows.source} holds one class only: two or more are needed')
+    if classes == known > 2:
+        raise InputError(
+            f'--labels {name}: no two rows of {rows.source} share a label in "{name}", which names rows and groups '
+            f"none: choose another column, or only show it with --color-by {name}"
+        )
 
 
 def train(
@@ -145,23 +180,44 @@ def train(
     known = prepared.labels[: prepared.train] if prepared.labels is not None and name == "ddvi" else None
     config = method_config(name, only(options, name), prepared.model, prepared.gaps)
     module: Any = METHODS[name].module
-    state = module.init(LatentTask(rows, build_model(prepared.model, rows), known), config)
+    model = build_model(prepared.model, rows)
+    clustered = isinstance(model.prior, ClusterPrior) and known is None  # with labels the clusters are the classes
+    if isinstance(model.prior, ClusterPrior) and clustered:
+        model.prior.broaden()
+    state = module.init(LatentTask(rows, model, known), config)
     if resume and (directory / CHECKPOINT).is_file():
         loop.resume(module, state, directory)
-    settings = loop.LoopConfig(config.steps, config.seed, LOG_EVERY, checkpoint_every=NEVER)
     batch: Any = _batches(rows, known)
     hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps, "method": name}), batch=batch)
     began = time.process_time()
-    if loop.run_loop(module, state, settings, directory, hooks):
-        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+
+    def run_to(last: int) -> None:
+        settings = loop.LoopConfig(last, config.seed, LOG_EVERY, checkpoint_every=NEVER)
+        if loop.run_loop(module, state, settings, directory, hooks):
+            raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+
+    prior = state.model.prior
+    if isinstance(prior, ClusterPrior) and not prior.placed:
+        run_to(min(config.steps, max(1, round(PLACED_AT * config.steps))))
+        place_clusters(prior, module.posterior(state), rows, config.seed)
+    run_to(config.steps)
     return Trained(name, state, module.posterior(state), time.process_time() - began)
+
+
+def place_clusters(prior: ClusterPrior, posterior: Any, rows: Float[Tensor, "n D"], seed: int) -> None:
+    """Fit the clusters to a draw of each of some of the rows."""
+    chosen = torch.randperm(len(rows), generator=generator(seed, Stream.INIT, 8))[:PLACED_ON]
+    drawn: LatentDraws = posterior.draw(rows[chosen], 1, generator(seed, Stream.INIT, 9), False)
+    prior.place(drawn.z[0], seed)
 
 
 @dataclass(frozen=True)
 class Latents:
     """Of n rows: posterior means and standard deviations (n, d), draws (k, n, d) or None, the cluster of each or None.
 
-    `uncertainty` (n,) is that of the approximation itself, where the method has one.
+    `typical` (n, d) is of each row's draws the one least far from the others: near the mean of a posterior of one mode,
+    and never where a posterior of several has none. `uncertainty` (n,) is that of the approximation itself, where the
+    method has one.
     """
 
     mean: Float[Tensor, "n d"]
@@ -169,6 +225,7 @@ class Latents:
     draws: Float[Tensor, "k n d"] | None
     cluster: Int[Tensor, " n"] | None
     uncertainty: Float[Tensor, " n"] | None
+    typical: Float[Tensor, "n d"] | None = None
 
 
 @torch.no_grad()
@@ -183,25 +240,45 @@ def latents_of(
     """Latents of rows, block by block; a row's draws do not change with what else is asked for in the same order."""
     k = max(draws, MEAN_DRAWS if len(x) <= MANY_ROWS else FEW_DRAWS)
     clustered = model.prior.classes > 1
-    parts: list[tuple[Tensor | None, ...]] = []
+    whole: list[Tensor | None] = []
     for index, block in enumerate(x.split(ROWS_AT_ONCE)):
-        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index))
+        found: LatentDraws = posterior.draw(block, k, generator(seed, Stream.DRAW, index), weigh=False)
         cluster = assign(model.prior, found.z.to(model.like())).mean(0).argmax(-1) if clustered else None
-        novelty = posterior.uncertainty(block).novelty if hasattr(posterior, "uncertainty") else None
-        parts.append((found.mean, found.sd, found.z[:draws] if draws else None, cluster, novelty))
+        unsure = posterior.uncertainty(block).mean_sd if hasattr(posterior, "uncertainty") else None
+        parts = (
+            found.mean,
+            found.sd,
+            found.z[:draws] if draws else None,
+            cluster,
+            unsure,
+            typical_draw(found.z[:MEAN_DRAWS]),
+        )
+        if not whole:  # made once: small tensors kept from each block would leave the heap in pieces, GBs of them
+            whole = [None if part is None else _as_many(part, len(x), AXES[i]) for i, part in enumerate(parts)]
+        for part, all_rows, axis in zip(parts, whole, AXES, strict=True):
+            if part is not None and all_rows is not None:
+                all_rows.narrow(axis, index * ROWS_AT_ONCE, len(block)).copy_(part)
         on_rows(min((index + 1) * ROWS_AT_ONCE, len(x)))
-    mean, sd, drawn, cluster, novelty = (_joined([part[i] for part in parts], 1 if i == 2 else 0) for i in range(5))
+    mean, sd, drawn, cluster, unsure, typical = whole
     assert mean is not None
     assert sd is not None
-    return Latents(mean, sd, drawn, cluster, novelty)
+    return Latents(mean, sd, drawn, cluster, unsure, typical)
+
+
+def typical_draw(z: Float[Tensor, "k n d"]) -> Float[Tensor, "n d"]:
+    """Of each row's k draws the one with the least sum of distances to the others."""
+    rows = z.transpose(0, 1)
+    best = torch.cdist(rows, rows).sum(-1).argmin(1)
+    return rows[torch.arange(len(rows), device=z.device), best]
 
 
 def in_order(latents: Latents, order: Int[np.ndarray, " N"]) -> Latents:
     """Latents in the order of the source."""
     places = torch.from_numpy(np.argsort(order))
     draws = None if latents.draws is None else latents.draws[:, places]
-    cluster, uncertainty = (None if part is None else part[places] for part in (latents.cluster, latents.uncertainty))
-    return Latents(latents.mean[places], latents.sd[places], draws, cluster, uncertainty)
+    beside = (latents.cluster, latents.uncertainty, latents.typical)
+    cluster, uncertainty, typical = (None if part is None else part[places] for part in beside)
+    return Latents(latents.mean[places], latents.sd[places], draws, cluster, uncertainty, typical)
 
 
 def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas.DataFrame":
@@ -224,8 +301,8 @@ def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas
     return pandas.DataFrame(columns)
 
 
-def _joined(parts: list[Any], axis: int) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts, axis)
+def _as_many(part: Tensor, rows: int, axis: int) -> Tensor:
+    return part.new_empty([rows if i == axis else size for i, size in enumerate(part.shape)])
 
 
 def _batches(rows: Tensor, labels: Tensor | None) -> Callable[[torch.Generator], Any]:
@@ -257,5 +334,6 @@ def _move_to_end(values: Float[np.ndarray, "N D"], held: int, seed: int) -> Int[
     return order
 
 
-def _any_missing(values: np.ndarray) -> bool:
+def any_missing(values: Float[np.ndarray, "N D"]) -> bool:
+    """Whether any number is missing."""
     return any(bool(np.isnan(values[i : i + 65536]).any()) for i in range(0, len(values), 65536))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,21 +12,15 @@ from torch import Tensor
 
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import RunError
-from hsivi_cli.evaluation.latent_metrics import (
-    RUN_BANDWIDTHS,
-    Bounds,
-    bounds,
-    cluster_scores,
-    collapse,
-    inference_gaps,
-    kmeans_clusters,
-    knn_accuracy,
-    latent_nll,
-)
+from hsivi_cli.evaluation.latent_metrics import Bounds, ClusterScores, Paired, bounds, collapse, inference_gaps, paired
 from hsivi_cli.evaluation.pareto import smooth_weights
 from hsivi_cli.evaluation.verdict import KHAT_BAD, WORDS, Level, Verdict
 from hsivi_cli.methods.latent_fit import Latents, Prepared, Trained, latents_of
-from hsivi_cli.methods.latent_registry import MANY_MODES, PAPER
+from hsivi_cli.methods.latent_registry import PAPER
+from hsivi_cli.methods.latent_scores import score_map
+from hsivi_cli.methods.latent_training import gaussian_draws
+from hsivi_cli.networks.decoders import column_scales
+from hsivi_cli.targets.likelihoods import likelihood_for
 
 MOST_TEST, MOST_JUDGED, KHAT_DRAWS = 2000, 50, 500
 """Rows held out that the likelihood is estimated on, those whose weights are judged, and draws of each of those."""
@@ -35,18 +29,23 @@ FEW, MANY = 0.1, 0.5
 """Shares of the judged rows whose k-hat may be above the limit: for trust, and for use at all."""
 WIDE_GAP = 1.0
 """Nats between IWAE and ELBO from which draws are noticeably not those of the posterior."""
-MOST_SCORED, MOST_CLASSES, MOST_GAP, PRIOR_DRAWS = 5000, 100, 32, 5000
-"""Rows trained on that a map is scored with, classes scored, rows of the amortisation gap, points of an NLL."""
-GAUSSIAN = ("gpvae", "vae", "iwae", "sa-vae", "vae-decay")
-"""Methods whose amortisation gap means something: the best of a search is of their own family."""
+MOST_SEEN = 50_000
+"""Rows trained on that columns alone are estimated from."""
+MOST_GAP, GAP_DRAWS = 32, 2000
+"""Rows whose gaps are measured, and draws of each behind its log p(x)."""
+GAUSSIAN = ("gpvae", "gpvae-fg", "vae", "iwae", "sa-vae", "vae-decay")
+"""Methods whose gaps mean something: the best of a search is of their own family."""
 
 
 @dataclass(frozen=True)
 class LatentReport:
     """Figures of one method on n rows: bounds in nats a row with standard errors over rows; None: there is none.
 
-    `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `explained` is the share of the variance of rows
-    that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    `pseudo_elbo` is what `--paper` calls an ELBO; it bounds nothing. `alone` is the log likelihood of columns that know
+    nothing of each other, in the same nats: what a model without latents has. `explained` is the share of the variance
+    of rows that a draw's reconstruction explains, `used` how many latents vary with the row, `khats` their k-hats.
+    `clusters` are those of the prior, k-means and a Gaussian mixture against the classes: see `latent_scores`. `bounds`
+    are the rows' own, not part of the JSON.
     """
 
     method: str
@@ -58,18 +57,26 @@ class LatentReport:
     elbo: float | None
     elbo_se: float | None
     pseudo_elbo: float | None
+    alone: float
     explained: float
     used: int
     latent: int
     khats: tuple[float, ...]
     scores: dict[str, float]
+    clusters: dict[str, ClusterScores]
     seconds: float
     steps: int
     verdict: Verdict
+    bounds: Bounds | None = None
+
+    def less(self, other: "LatentReport") -> Paired | None:
+        """Paired differences of the bounds to those of another method; None where one of the two has none."""
+        return None if self.bounds is None or other.bounds is None else paired(self.bounds, other.bounds)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        fields = asdict(self)
+        fields = asdict(replace(self, bounds=None))
+        del fields["bounds"]
         fields["verdict"] = {"level": self.verdict.level, "reasons": list(self.verdict.reasons)}
         khats = np.array(self.khats or (math.nan,))
         above = float((khats > KHAT_BAD).mean()) if self.khats else None
@@ -85,7 +92,7 @@ def report_on_fit(
     gap: bool = False,
     on_stage: Callable[[int], None] = lambda stages: None,
 ) -> LatentReport:
-    """Measure a fit on the rows held out (at most 2000 of them), in three stages; `gap`: the amortisation gap too.
+    """Measure a fit on the rows held out (at most 2000 of them), in three stages; `gap`: gaps of Gaussians too.
 
     Raises InputError where the latents are not finite.
     """
@@ -105,9 +112,10 @@ def report_on_fit(
     used = collapse(latents.mean.float() / scale, latents.sd.float() / scale).active
     with torch.no_grad():
         rebuilt = model.reconstruct(latents.draws[0].to(model.like())).float()
-    scores = score_map(trained, prepared, latents, seed)
+    alone = columns_alone(prepared, x)
+    scores, clusters = score_map(trained, prepared, latents, seed)
     if gap and trained.name in GAUSSIAN:
-        scores["amortisation gap"] = _amortisation_gap(trained, x, latents, seed)
+        scores |= _gaps(trained, x, latents, seed)
     on_stage(1)
     return LatentReport(
         trained.name,
@@ -119,67 +127,37 @@ def report_on_fit(
         None if found is None else found.elbo,
         None if found is None else found.elbo_se,
         pseudo,
+        float(alone.mean()),
         _explained(x, rebuilt),
         used,
         latents.mean.shape[1],
         khats,
         scores,
+        clusters,
         trained.seconds,
         trained.state.step,
-        _judge(trained.name, found, khats, used, latents.mean.shape[1]),
+        _judge(trained.name, found, khats, used, latents.mean.shape[1], alone if x.shape[1] > used else None),
+        found,
     )
 
 
-def score_map(trained: Trained, prepared: Prepared, latents: Latents, seed: int) -> dict[str, float]:
-    """Scores of the map: latent NLL where the prior is thin; k-NN accuracy and clusters where there are classes.
+@torch.no_grad()
+def _gaps(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> dict[str, float]:
+    """Nats a row between the encoder's Gaussian and the best one of a search from it, and from there to log p(x), over
 
-    `latents` are those of the first test rows, a draw each. Clusters are those of the prior, or by k-means as many as
-    there are classes; where a method has seen labels, of the rows held out alone.
+    a few rows. log p(x) is the importance-weighted bound of draws of that best Gaussian.
     """
-    scores: dict[str, float] = {}
-    thin, classes = prepared.model.background > 0, len(prepared.names)
-    classified = prepared.colors is not None and 2 <= classes <= min(MOST_CLASSES, len(prepared.rows) // 5)
-    if not thin and not classified:
-        return scores
-    train = min(prepared.train, MOST_SCORED)
-    seen = latents_of(trained.posterior, trained.model, prepared.values[:train], seed + 1, 1)
-    assert seen.draws is not None
-    assert latents.draws is not None
-    if thin:
-        points = trained.model.prior.sample(PRIOR_DRAWS, generator(seed, Stream.SIMULATE, 2))
-        scores["latent NLL"] = latent_nll(torch.cat([seen.draws[0], latents.draws[0]]), points, RUN_BANDWIDTHS)
-    if not classified or prepared.colors is None:
-        return scores
-    first = prepared.train if prepared.train < len(prepared.rows) else 0
-    truth = prepared.colors[first : first + len(latents.mean)]
-    before, mean = (map_points(trained.name, part) for part in (seen, latents))
-    if first and bool((truth >= 0).any()) and bool((prepared.colors[:train] >= 0).any()):
-        scores["20-NN"] = knn_accuracy(before, prepared.colors[:train], mean, truth)
-    cluster = latents.cluster
-    if first and prepared.labels is None:
-        mean, truth = torch.cat([before, mean]), torch.cat([prepared.colors[:train], truth])
-        if cluster is not None and seen.cluster is not None:
-            cluster = torch.cat([seen.cluster, cluster])
-    if cluster is None and classes > len(mean):
-        return scores
-    if bool((truth >= 0).any()):
-        found = cluster_scores(truth, kmeans_clusters(mean, classes, 5) if cluster is None else cluster)
-        scores |= {"purity": found.purity, "completeness": found.completeness, "NMI": found.nmi}
-    return scores
-
-
-def map_points(name: str, latents: Latents) -> Float[Tensor, "n d"]:
-    """Where rows lie on the map: their means, or a draw of each where posteriors may have several modes."""
-    return latents.draws[0] if name in MANY_MODES and latents.draws is not None else latents.mean
-
-
-def _amortisation_gap(trained: Trained, x: Float[Tensor, "n D"], latents: Latents, seed: int) -> float:
-    """Nats a row between the encoder's Gaussian and the best one of a search from it, over a few rows."""
-    like, rows = trained.model.like(), slice(0, MOST_GAP)
-    parts = (x[rows], latents.mean[rows], latents.sd[rows])
-    x, mean, sd = (part.to(like) for part in parts)
-    gaps = inference_gaps(trained.model.log_joint, x, mean, sd, generator(seed, Stream.SIMULATE, 3), draws=200)
-    return float(gaps.amortisation.mean())
+    like, rows, noise = trained.model.like(), slice(0, MOST_GAP), generator(seed, Stream.SIMULATE, 3)
+    x, mean, sd = (part[rows].to(like) for part in (x, latents.mean, latents.sd))
+    with torch.enable_grad():
+        gaps = inference_gaps(trained.model.log_joint, x, mean, sd, noise, draws=200)
+    best = gaussian_draws(trained.model, x, gaps.best_mean.to(like), gaps.best_sd.to(like), GAP_DRAWS, noise)
+    assert best.log_weight is not None
+    log_p = best.log_weight.logsumexp(0) - math.log(GAP_DRAWS)
+    return {
+        "amortisation gap": float(gaps.amortisation.mean()),
+        "approximation gap": float((log_p - gaps.best_elbo).mean()),
+    }
 
 
 def _prior_sd(model: Any) -> Float[Tensor, " d"]:
@@ -192,9 +170,9 @@ def _explained(x: Float[Tensor, "n D"], rebuilt: Float[Tensor, "n D"]) -> float:
     """1 - squared error over variance, summed over the columns in units of each column's own spread."""
     there = ~x.isnan()
     count = there.sum(0).clamp_min(1)
-    mean = x.nan_to_num(0.0).sum(0) / count
+    mean = x.double().nan_to_num(0.0).sum(0) / count
     spread = (x - mean).nan_to_num(0.0).square().sum(0)
-    error = (x - rebuilt).nan_to_num(0.0).square().sum(0)
+    error = (x - rebuilt).double().nan_to_num(0.0).square().sum(0)
     moving = spread > 0
     return float(1 - (error[moving] / spread[moving]).mean()) if bool(moving.any()) else math.nan
 
@@ -212,7 +190,24 @@ def _khats(posterior: Any, x: Float[Tensor, "n D"], seed: int) -> tuple[float, .
     return tuple(found)
 
 
-def _judge(method: str, found: Bounds | None, khats: tuple[float, ...], used: int, latent: int) -> Verdict:
+def columns_alone(prepared: Prepared, x: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+    """Log likelihood of rows under the columns' own means (shares) and noise in rows trained on, float64."""
+    seen, x = prepared.values[: min(prepared.train, MOST_SEEN)].double(), x.double()
+    likelihood = likelihood_for(prepared.model.likelihood, seen)
+    sd = column_scales(seen)[1]
+    if prepared.model.noise == "shared":
+        sd = sd.square().mean(0, keepdim=True).sqrt()
+    return likelihood.log_prob(likelihood.base(seen).expand(len(x), -1), x, sd.log())
+
+
+def _judge(
+    method: str,
+    found: Bounds | None,
+    khats: tuple[float, ...],
+    used: int,
+    latent: int,
+    alone: Float[Tensor, " n"] | None = None,
+) -> Verdict:
     """Weights carry the verdict: where most rows' weights have a tail that cannot be corrected, nothing is left."""
     findings: list[tuple[Level, str]] = []
     if method == PAPER:
@@ -225,6 +220,9 @@ def _judge(method: str, found: Bounds | None, khats: tuple[float, ...], used: in
         findings.append(("care", f"collapsed: none of the {latent} latents varies with the row, the map says nothing"))
     elif 2 * used <= latent:
         findings.append(("care", f"collapsed: {used} of {latent} latents vary with the row"))
+    if found is not None and used and alone is not None and found.iwae <= float(alone.mean()):
+        text = f"IWAE-{found.draws} is {found.iwae:.2f} nats, and columns that know nothing of each other have"
+        findings.append(("care", f"the latents tell nothing of these rows: {text} {float(alone.mean()):.2f}"))
     order = ("trust", "care", "no")
     level = max((level for level, _ in findings), key=order.index)
     reasons = tuple(text for own, text in findings if own == level)

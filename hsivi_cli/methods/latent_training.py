@@ -38,8 +38,8 @@ NUMBERS_AT_ONCE = 20_000_000
 class TrainingConfig:
     """Plain JSON fields. The trunk is `hidden` layers and `features` wide at its end; with `shape` it is convolutional.
 
-    `lr` decays by `schedule` over `steps`; over `kl_warmup` steps the prior's KL gets its weight; a row has `samples`
-    draws.
+    `lr` decays by `schedule` over `steps`; over `kl_warmup` steps the prior's KL gets its weight, and over the share
+    `narrow` of the steps a thin prior becomes itself (`targets/latent_priors.Narrowing`); a row has `samples` draws.
     """
 
     steps: int = 5000
@@ -52,6 +52,7 @@ class TrainingConfig:
     shape: tuple[int, int, int] | None = None
     normalise: Normalise = "layer"
     kl_warmup: int = 0
+    narrow: float = 0.75
     samples: int = 1
     freeze_decoder: bool = False
 
@@ -83,6 +84,8 @@ def make_state(
     ):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be 1 or more")
+    if config.clip <= 0 or q_rate <= 0:
+        raise InputError(f"clip is {config.clip:g} and q_rate {q_rate:g}: both must be above 0")
     if min(mean.tau, log_sd.tau) <= 0:
         raise InputError(f"tau is {min(mean.tau, log_sd.tau):g}: a prior standard deviation must be above 0")
     columns = task.rows.shape[1]
@@ -138,6 +141,13 @@ def warmed(config: TrainingConfig, step: int) -> float:
     return min(1.0, step / config.kl_warmup) if config.kl_warmup else 1.0
 
 
+def begin_step(state: Any) -> None:
+    """Count the step, and bring a thin prior as far as it should be by now."""
+    state.step += 1
+    narrow = state.config.narrow * state.config.steps
+    state.model.narrow(state.step / narrow if narrow > 0 else 1.0)
+
+
 def descend(state: State, loss: Tensor) -> float:
     """One Adam step; a gradient that is not finite is passed over. Returns the gradient's norm."""
     config = state.config
@@ -173,11 +183,19 @@ def log_joint(model: LatentModel, x: Float[Tensor, "n D"], z: Float[Tensor, "k n
 
 
 def gaussian_draws(
-    model: LatentModel, x: Float[Tensor, "n D"], mean: Tensor, sd: Tensor, k: int, generator: torch.Generator
+    model: LatentModel,
+    x: Float[Tensor, "n D"],
+    mean: Tensor,
+    sd: Tensor,
+    k: int,
+    generator: torch.Generator,
+    weigh: bool = True,
 ) -> LatentDraws:
     """k draws a row of `N(mean, sd^2)`, weighed by that same density."""
     noise = torch.randn(k, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
     z = mean + sd * noise
+    if not weigh:
+        return LatentDraws(z, None, mean, sd)
     log_q = gaussian_log_prob(z.double(), mean.double(), sd.double())
     return LatentDraws(z, log_joint(model, x, z) - log_q, mean, sd)
 

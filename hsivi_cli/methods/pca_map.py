@@ -75,9 +75,6 @@ def init(target: LatentTask, config: Config) -> State:
         raise InputError(f"--latent {dim}: PCA of {rows.shape[1]} columns has 1 to {rows.shape[1]} components")
     if len(rows) < 2:
         raise InputError("PCA needs two rows or more")
-    if bool(rows.isnan().all(1).any()):
-        row = int(rows.isnan().all(1).nonzero()[0])
-        raise InputError(f"row {row + 1} has no number: leave it out")
     mean, sd = (part.double() for part in column_scales(rows.double()))
     scale = sd if config.standardise else torch.ones_like(sd)
     values, vectors, total = _leading(rows, mean, scale, dim)
@@ -144,7 +141,7 @@ class PcaPosterior:
     state: State
 
     @torch.no_grad()
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row, float64."""
         state, parts = self.state, []
         for part in _blocks(x, state.weight.shape[1] * (state.weight.shape[1] + k)):
@@ -155,7 +152,7 @@ class PcaPosterior:
         z, log_weight = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         mean, sd = (torch.cat([part[i] for part in parts]) for i in (2, 3))
         comparable = state.task.model.likelihood.name == "gaussian"
-        return LatentDraws(z, log_weight if comparable else None, mean, sd)
+        return LatentDraws(z, log_weight if comparable and weigh else None, mean, sd)
 
 
 def posterior(state: State) -> PcaPosterior:

@@ -46,6 +46,16 @@ def fit_directory(
         raise type(err)(str(err).replace("--out", "--save")) from err
 
 
+def check_save(save: Path, resume: bool) -> None:
+    """What can be said of the place of a fit before its data are read; raises InputError as `fit_directory` would."""
+    if resume or not save.exists():
+        return
+    if not save.is_dir() or (any(save.iterdir()) and not (save / CONFIG).is_file()):
+        raise InputError(f"{save} exists and holds no run of ours: choose another --save")
+    if (save / STATE).is_file():
+        raise InputError(f"{save} exists already: add --resume to go on with it, or choose another --save")
+
+
 def save_fit(directory: Path, fit: Fit, source: Source, data: Any, report: PosteriorReport) -> None:
     """Write what `load_fit` needs: the source with its data, the trained state, and the report beside it."""
     save_source(directory, source, data)

@@ -18,6 +18,7 @@ from hsivi_cli.methods import latent_training
 from hsivi_cli.methods.latent_training import (
     State,
     TrainingConfig,
+    begin_step,
     bound_terms,
     decay_weights,
     descend,
@@ -70,6 +71,13 @@ def init(target: LatentTask, config: Config) -> State:
     """A fresh run on a copy of the target's model. Raises InputError for numbers out of their range."""
     if not 0 <= config.dropout < 1:
         raise InputError(f"dropout is {config.dropout:g}: it is a share from 0 to below 1")
+    if config.weight_decay < 0 or config.svi_lr <= 0:
+        raise InputError(
+            f"weight_decay is {config.weight_decay:g} and svi_lr {config.svi_lr:g}: the first must be 0 or more, the "
+            "second above 0"
+        )
+    if min(config.svi_steps, config.svi_test_steps or 0, config.svi_samples - 1) < 0:
+        raise InputError("svi_steps and svi_test_steps must be 0 or more, svi_samples 1 or more")
     if config.objective == "iwae" and config.svi_train != "none":
         raise InputError("SVI steps in training go with the ELBO, not with the importance-weighted bound: choose one")
     return make_state(target, config, PLAIN, PLAIN)
@@ -78,7 +86,7 @@ def init(target: LatentTask, config: Config) -> State:
 def step(state: State, batch: Tensor | tuple[Tensor, Tensor], generator: torch.Generator) -> dict[str, float]:
     """One Adam step on a minibatch of rows; labels, where there are any, are left aside."""
     config: Config = state.config
-    state.step += 1
+    begin_step(state)
     x = latent_training.as_rows(state, batch if isinstance(batch, Tensor) else batch[0])
     at = state.encoder(x, _mask(state, len(x), generator))
     if config.objective == "iwae":
@@ -163,12 +171,12 @@ class GaussianPosterior:
         mean, log_sd = refine(row_bound(state.model, x, svi.samples, generator), at.mean, at.log_sd, svi)
         return Moments(mean, log_sd, at.v, at.s)
 
-    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator) -> LatentDraws:
+    def draw(self, x: Float[Tensor, "n D"], k: int, generator: torch.Generator, weigh: bool = True) -> LatentDraws:
         """k draws a row with their unbiased weights `p(x, z) / q(z | x)`."""
         at = self.moments(x, generator)
         x = latent_training.as_rows(self.state, x)
         with torch.no_grad():
-            return gaussian_draws(self.state.model, x, at.mean, at.log_sd.exp(), k, generator)
+            return gaussian_draws(self.state.model, x, at.mean, at.log_sd.exp(), k, generator, weigh)
 
 
 def posterior(state: State) -> GaussianPosterior:

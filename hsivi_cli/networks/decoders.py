@@ -20,7 +20,7 @@ Shape = tuple[int, int, int]
 
 FARTHEST = 10.0
 """Standardised inputs are clamped to this: a pixel that was hardly ever lit must not drown the others."""
-ROWS_AT_ONCE = 65536
+NUMBERS_AT_ONCE = 1 << 19
 
 
 class MlpDecoder(nn.Module):
@@ -159,13 +159,22 @@ class ConvTrunk(nn.Module):
 def column_scales(x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
     """Mean and standard deviation of each column, NaN left out, block by block in float64; sd 1 where nothing moves."""
     count = torch.zeros(x.shape[1], dtype=torch.float64)
-    total, squares = count.clone(), count.clone()
-    for block in x.split(ROWS_AT_ONCE):
-        count += (~block.isnan()).sum(0)
-        total += block.double().nansum(0)
-    mean = total / count.clamp_min(1)
-    for block in x.split(ROWS_AT_ONCE):
-        squares += (block.double() - mean).square().nansum(0)
+    mean, squares = count.clone(), count.clone()
+    for part in x.split(max(1, NUMBERS_AT_ONCE // x.shape[1])):
+        block = part.double()
+        there = torch.full_like(count, len(block))
+        if bool(block.sum().isnan()):
+            missing = block.isnan()
+            there = len(block) - missing.sum(0).double()
+            own = block.nansum(0) / there.clamp_min(1)
+            block = torch.where(missing, own, block)
+        else:
+            own = block.mean(0)
+        # two blocks' squares in one (Chan, Golub & LeVeque 1983): the rows are read once
+        count, before = count + there, count
+        share = there / count.clamp_min(1)
+        squares += (block - own).square_().sum(0) + (own - mean).square() * before * share
+        mean += (own - mean) * share
     sd = (squares / count.clamp_min(1)).sqrt()
     moving = sd > 1e-7 * mean.abs()
     kind = x.dtype if x.is_floating_point() else torch.float32

@@ -22,6 +22,8 @@ Covariance = Literal["none", "diagonal", "full", "shared"]
 Normalise = Literal["layer", "scale", "none"]
 """LayerNorm over the root of the width, the root of the width alone (Gaussian features of unit size), or nothing."""
 LOWEST_LOG_SD, HIGHEST_LOG_SD, MOST_S = -7.0, 2.0, 1.0
+NUMBERS_AT_ONCE = 250_000
+"""Of the products of features and factors of a full covariance."""
 INITIAL_SHARE = 0.05
 """q(W) begins with this share of the prior's standard deviation."""
 INITIAL_MEAN = 0.3
@@ -91,8 +93,13 @@ class RandomHead(nn.Module):
             return mean, torch.zeros_like(mean)
         if self.prior.covariance == "diagonal":
             return mean, psi**2 @ (2 * self.log_sd).exp().T
-        projected = torch.einsum("...p,rpq->...rq", psi, self.factor())
-        return mean, (projected**2).sum(-1).expand_as(mean)
+        # one product serves all outputs; in blocks of rows that fit a cache, as n r p numbers do not
+        factors = self.factor()
+        r, p, _ = factors.shape
+        together = factors.transpose(0, 1).reshape(p, r * p)
+        blocks = psi.reshape(-1, p).split(max(1, NUMBERS_AT_ONCE // (r * p)))
+        v = torch.cat([(block @ together).square().unflatten(-1, (r, p)).sum(-1) for block in blocks])
+        return mean, v.reshape(*psi.shape[:-1], r).expand_as(mean)
 
     def kl(self) -> Float[Tensor, ""]:
         """`KL(q(W) || p(W))` in nats; zero for an ordinary head."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.networks.decoders import ConvDecoder, MlpDecoder, column_scales
-from hsivi_cli.targets.latent_priors import ClusterPrior, LatentPrior, make_prior
+from hsivi_cli.targets.latent_priors import ClusterPrior, LatentPrior, Narrowing, make_prior
 from hsivi_cli.targets.likelihoods import Likelihood, likelihood_for
 
 LOWEST_SHARE = 1e-4
@@ -29,9 +29,7 @@ class ModelConfig:
     """Plain JSON fields. `shape` (height, width, channels) makes the decoder convolutional, `hidden` is then unused;
 
     `clusters` above 0 is the learned cluster prior, and `prior` is then unused. `noise` is the Gaussian likelihood's:
-    one standard deviation a column, or one for all (in units of the data, as in probabilistic PCA). `background` is the
-    weight of a broad Gaussian mixed into a thin prior: see `make_prior`.
-    """
+    one standard deviation a column, or one for all (in units of the data, as in probabilistic PCA)."""
 
     latent: int = 2
     prior: str = "normal"
@@ -40,7 +38,6 @@ class ModelConfig:
     hidden: tuple[int, ...] = (256, 256)
     shape: tuple[int, int, int] | None = None
     noise: Literal["column", "shared"] = "column"
-    background: float = 0.0
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -118,6 +115,11 @@ class LatentModel(nn.Module):
         """`E[x | z]`; of categories, the expected level."""
         return self.likelihood.mean(self.outputs(z))
 
+    def narrow(self, share: float) -> None:
+        """Where a thin prior stands, at that share of the way to itself; other priors stay as they are."""
+        if isinstance(self.prior, Narrowing):
+            self.prior.approach(share)
+
     def like(self) -> Tensor:
         """A tensor of the type and on the device that the model computes in."""
         for tensor in (*self.decoder.parameters(), *self.decoder.buffers(), *self.parameters()):
@@ -157,7 +159,7 @@ def build_model(config: ModelConfig, x: Float[Tensor, "N D"]) -> LatentModel:
     prior = (
         ClusterPrior(config.clusters, config.latent, generator)
         if config.clusters
-        else make_prior(config.prior, config.latent, config.background)
+        else make_prior(config.prior, config.latent)
     )
     outputs = likelihood.outputs(columns)
     decoder: nn.Module

@@ -6,12 +6,20 @@ density estimates of them. The interface is `latent_priors.LatentPrior`.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hsivi_cli.targets.twisted_angles import solve_angles
+
+Densities = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 LOG_TWO_PI = math.log(2 * math.pi)
+LEAST_EXPONENT = -80.0
+"""Nothing beside 1, and not yet a subnormal number, whose exponential takes ten times as long."""
 
 
 def normal_noise(generator: torch.Generator, *shape: int) -> Tensor:
@@ -59,10 +67,10 @@ class Pinwheel(Classed):
     """
 
     name, dim = "pinwheel", 2
-    radius, radial, across, twist = 1.0, 0.15, 0.005, 0.25
+    radius, radial, twist = 1.0, 0.15, 0.25
 
-    def __init__(self, arms: int = 10) -> None:
-        self.classes = arms
+    def __init__(self, arms: int = 10, width: float = 0.0) -> None:
+        self.classes, self.across = arms, max(0.005, width)
 
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each arm."""
@@ -73,52 +81,40 @@ class Pinwheel(Classed):
 
     def log_prob_class(self, z: Tensor) -> Tensor:
         """Log density of each arm."""
-        z1, z2 = z.double().unsqueeze(-2).unbind(-1)
+        return with_gradient(self._densities, z)
+
+    def _densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density of each arm, (..., K), and its gradient, (..., K, 2): du, dv are those of f1, f2 with z."""
+        plane = z.double()
+        z1, z2 = plane.unsqueeze(-2).unbind(-1)
         turn = 2 * math.pi * torch.arange(self.classes, device=z.device, dtype=torch.float64) / self.classes
-        f1 = self._roots(z.detach().double(), turn)
-        # the root is found without a graph; one step of Newton from it has the derivative of the root
-        angle = turn + self.twist * f1.exp()
-        f2 = z1 * angle.sin() + z2 * angle.cos()
-        slope = _away_from_zero(1 + self.twist * f1.exp() * f2).detach()
-        f1 = f1 - (f1 - z1 * angle.cos() + z2 * angle.sin()) / slope
-        angle = turn + self.twist * f1.exp()
-        f2 = z1 * angle.sin() + z2 * angle.cos()
-        jacobian = _away_from_zero(1 + self.twist * f1.exp() * f2)
+        f1 = self._roots(plane.detach(), turn)
+        bent = self.twist * f1.exp()
+        sine, cosine = (turn + bent).sin(), (turn + bent).cos()
+        if torch.is_grad_enabled() and z.requires_grad:
+            # the root was found without a graph; one step of Newton from it has the derivative of the root
+            slope = _away_from_zero(1 + bent * (z1 * sine + z2 * cosine)).detach()
+            f1 = f1 - (f1 - z1 * cosine + z2 * sine) / slope
+            bent = self.twist * f1.exp()
+            sine, cosine = (turn + bent).sin(), (turn + bent).cos()
+        f2 = z1 * sine + z2 * cosine
+        slope = 1 + bent * f2
+        jacobian = _away_from_zero(slope)
         radial = -0.5 * ((f1 - self.radius) / self.radial).square() - math.log(self.radial)
         across = -0.5 * (f2 / self.across).square() - math.log(self.across)
-        return (radial + across - LOG_TWO_PI - jacobian.abs().log()).to(z.dtype)
+        value = radial + across - LOG_TWO_PI - jacobian.abs().log()
+        # d value = at_u du + at_v dv with dv = (sine, cosine) + bent f1 du, du = (cosine, -sine) / jacobian
+        moving = torch.where(slope == jacobian, bent / jacobian, 0.0)
+        at_v = -f2 / self.across**2 - moving
+        at_u = (self.radius - f1) / self.radial**2 - moving * f2 + at_v * bent * f1
+        along = at_u / jacobian
+        gradient = torch.stack((along * cosine + at_v * sine, at_v * cosine - along * sine), -1)
+        return value.to(z.dtype), gradient.to(z.dtype)
 
-    @torch.no_grad()
     def _roots(self, z: Tensor, turn: Tensor) -> Tensor:
-        """f1 in each arm: (..., 2) to (..., K), by bisection and guarded Newton steps."""
-        r = z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        start = torch.atan2(z[..., 1:], z[..., :1]) + turn
-
-        def rise(phi: Tensor) -> Tensor:
-            return phi - self.twist * (r * phi.cos()).exp()
-
-        def slope(phi: Tensor) -> Tensor:
-            return 1 + self.twist * (r * phi.cos()).exp() * r * phi.sin()
-
-        # the slope is least at `low`; where it is negative there, begin where it is 0 again, nearer to 0
-        low = -torch.acos(2 * r / (1 + (1 + 4 * r.square()).sqrt()))
-        high = torch.zeros_like(low)
-        for _ in range(40):
-            middle = 0.5 * (low + high)
-            rising = slope(middle) > 0
-            low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
-        begin = rise(high)
-        target = begin + torch.remainder(start - begin, 2 * math.pi)
-        low, high = high.expand_as(target).clone(), (high + 2 * math.pi).expand_as(target).clone()
-        for _ in range(15):
-            phi = 0.5 * (low + high)
-            below = rise(phi) < target
-            low, high = torch.where(below, phi, low), torch.where(below, high, phi)
-        phi = 0.5 * (low + high)
-        for _ in range(5):
-            step = phi - (rise(phi) - target) / _away_from_zero(slope(phi))
-            phi = torch.minimum(torch.maximum(step, low), high)
-        return r * phi.cos()
+        """f1 in each arm: (..., 2) to (..., K)."""
+        r = z.norm(dim=-1, keepdim=True).clamp(1e-12, 100.0)  # so that exp(r) stays finite, for rows in another world
+        return solve_angles(r, torch.atan2(z[..., 1:], z[..., :1]) + turn, self.twist)
 
 
 class SwissRoll(Classed):
@@ -128,9 +124,9 @@ class SwissRoll(Classed):
     each class with nodes closer than the noise is wide.
     """
 
-    name, classes = "swiss-roll", 10
+    name, classes, own = "swiss-roll", 10, 0.1
 
-    def __init__(self, dim: int = 2, noise: float = 0.1, nodes: int = 0) -> None:
+    def __init__(self, dim: int = 2, noise: float = own, nodes: int = 0) -> None:
         self.dim, self.noise = dim, noise
         # a class is 2.1 long; the middle nodes of n are pi / 2 times as far apart as the average
         nodes = nodes or math.ceil(2.1 * math.pi / 2 / (0.8 * noise))
@@ -139,7 +135,7 @@ class SwissRoll(Classed):
         low, width = edges[:-1, None], np.diff(edges)[:, None]
         root = low + width * (place + 1) / 2
         # du = 2 sqrt(u) d sqrt(u), and the class has density 10 in u
-        self._root = torch.from_numpy(root.ravel())
+        self._points = self._curve(torch.from_numpy(root.ravel()))
         self._log_weight = torch.from_numpy(np.log(weight / 2 * width * 2 * root * self.classes)).ravel()
         self._nodes = nodes
 
@@ -156,12 +152,25 @@ class SwissRoll(Classed):
 
     def log_prob_class(self, z: Tensor) -> Tensor:
         """Log density of each class."""
-        curve = self._curve(self._root).to(z)
-        square = (z[..., None, :1] - curve[:, 0, None]).square() + (z[..., None, 1:2] - curve[:, 1, None]).square()
-        terms = self._log_weight.to(z) - square[..., 0] / (2 * self.noise**2)
+        return with_gradient(self._densities, z)
+
+    def _densities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density of each class, (..., 10), and its gradient, (..., 10, d)."""
+        curve = self._points.to(z)
+        square = (z[..., None, 0] - curve[:, 0]).square_() + (z[..., None, 1] - curve[:, 1]).square_()
+        terms = torch.add(self._log_weight.to(z), square, alpha=-0.5 / self.noise**2)
+        terms = terms.unflatten(-1, (self.classes, self._nodes))
+        most = terms.detach().amax(-1, keepdim=True)
+        share = (terms - most).clamp(min=LEAST_EXPONENT).exp()
+        total = share.sum(-1, keepdim=True)
         beside = z[..., 2:].square().sum(-1, keepdim=True) / (2 * self.noise**2)
         constant = self.dim * (0.5 * LOG_TWO_PI + math.log(self.noise))
-        return terms.unflatten(-1, (self.classes, self._nodes)).logsumexp(-1) - beside - constant
+        value = (total.log() + most)[..., 0] - beside - constant
+        # towards the mean of the curve's points, each by its share
+        along = share.flatten(0, -3).transpose(0, 1) @ curve.unflatten(0, (self.classes, self._nodes))
+        centre = along.transpose(0, 1).unflatten(0, z.shape[:-1]) / total
+        towards = torch.cat((centre, centre.new_zeros(*centre.shape[:-1], self.dim - 2)), -1)
+        return value, (towards - z[..., None, :]) / self.noise**2
 
 
 class Square:
@@ -174,8 +183,8 @@ class Square:
 
     name = "square"
 
-    def __init__(self, dim: int = 2, level: float = 3.0, along: float = 0.01) -> None:
-        self.dim, self.across, self.along = dim, level / 50, along
+    def __init__(self, dim: int = 2, level: float = 3.0, along: float = 0.01, width: float = 0.0) -> None:
+        self.dim, self.across, self.along = dim, max(level / 50, width), max(along, width)
         self.classes = 10 if dim == 2 else 1
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -246,10 +255,11 @@ class Petals(Classed):
     """Ten Gaussians on a circle of radius 1.4, with standard deviations .5 outwards and .1 across."""
 
     name, dim = "mixture", 2
-    shift, outwards, across = 1.4, 0.5, 0.1
+    shift = 1.4
 
-    def __init__(self, petals: int = 10) -> None:
+    def __init__(self, petals: int = 10, width: float = 0.0) -> None:
         self.classes = petals
+        self.outwards, self.across = math.hypot(0.5, width), math.hypot(0.1, width)
 
     def sample_class(self, k: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each petal."""
@@ -267,6 +277,30 @@ class Petals(Classed):
         out = (z1 * angle.cos() + z2 * angle.sin() - self.shift) / self.outwards
         side = (z2 * angle.cos() - z1 * angle.sin()) / self.across
         return -0.5 * (out.square() + side.square()) - LOG_TWO_PI - math.log(self.outwards * self.across)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values whose gradient is known beside them; it is differentiated itself only where that is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, densities: Densities) -> Tensor:
+        value, gradient = densities(z)
+        ctx.save_for_backward(z, gradient)
+        ctx.densities = densities
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        z, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradient = ctx.densities(z)[1]
+        return (upstream[0].unsqueeze(-2) @ gradient).squeeze(-2), None
+
+
+def with_gradient(densities: Densities, z: Tensor) -> Tensor:
+    """`densities(z)[0]`, (..., K), with `densities(z)[1]`, (..., K, d), for its gradient."""
+    found: Tensor = _WithGradient.apply(z, densities)
+    return found
 
 
 def _away_from_zero(slope: Tensor, least: float = 1e-3) -> Tensor:

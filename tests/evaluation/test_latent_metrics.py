@@ -90,6 +90,22 @@ def test_bounds_do_not_depend_on_the_blocks(monkeypatch):
     assert parts.iwae == pytest.approx(whole.iwae, abs=0.015)
 
 
+def test_paired_differences_are_exact_where_bounds_are_and_their_error_is_that_of_differences():
+    """Two encoders of one model differ by a constant a row, while rows themselves differ by nats."""
+    one, other = (metrics.bounds(Linear(shift=shift), X, 4000, seeded()) for shift in (0.2, 0.5))
+    found = metrics.paired(one, other)
+    exact = Linear(shift=0.2).elbo(X) - Linear(shift=0.5).elbo(X)
+    assert abs(found.elbo - float(exact.mean())) < 4 * found.elbo_se
+    assert abs(found.iwae) < 4 * found.iwae_se  # of the same p(x)
+    assert found.elbo_se < 0.1 * one.elbo_se
+    back = metrics.paired(other, one)
+    assert (back.elbo, back.iwae_se) == pytest.approx((-found.elbo, found.iwae_se))
+    with pytest.raises(InputError, match="same rows"):
+        metrics.paired(one, metrics.bounds(Linear(), X[:30], 4000, seeded()))
+    with pytest.raises(InputError, match="as many draws"):
+        metrics.paired(one, metrics.bounds(Linear(), X, 10, seeded()))
+
+
 def test_one_draw_gives_the_same_elbo_and_iwae_and_no_density_gives_none():
     one = metrics.bounds(Linear(), X, 1, seeded())
     assert torch.allclose(one.elbo_rows, one.iwae_rows, atol=1e-12)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.io import row_streams
-from hsivi_cli.io.rows import Rows, batches, binarise, clean, read_rows, require_complete, select
+from hsivi_cli.io.rows import Rows, batches, binarise, clean, name_columns, read_rows, require_complete, select
 
 
 @pytest.fixture
@@ -244,3 +244,12 @@ def test_a_large_table_costs_its_own_memory_only(tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 20 + 100
+
+
+def test_columns_are_named_one_by_one_or_as_a_range():
+    assert name_columns("b, a") == ("b", "a")
+    assert name_columns("age,PC9..PC11") == ("age", "PC9", "PC10", "PC11")
+    assert name_columns("1:2345") == ("1:2345",)
+    for text in ("PC3..PC1", "PC1..QC3", "a..b", "", "a,a", "PC1..PC3,PC2"):
+        with pytest.raises(InputError, match="--columns"):
+            name_columns(text)

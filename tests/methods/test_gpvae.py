@@ -174,6 +174,7 @@ def test_uncertainty_is_per_row_and_larger_where_no_row_was():
     near = posterior.uncertainty(rows.x)
     assert near.v.shape == near.s.shape == (400, 2)
     assert near.novelty.shape == (400,)
+    assert torch.allclose(near.mean_sd.square(), near.v.mean(1))
     assert bool((near.v > 0).all())
     assert bool((near.s > 0).all())
     assert torch.allclose(posterior.uncertainty(rows.x[7:8]).v, near.v[7:8])

@@ -1,6 +1,7 @@
 """Latent-variable fits below the command line: the split, the guesses, what the verdict says, and what is kept."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -90,15 +91,15 @@ def test_the_likelihood_is_guessed_from_the_numbers(values, kind, family):
     assert guess_family(rows)[0] == family
 
 
-def test_thin_priors_get_a_background_and_say_so():
+def test_thin_priors_are_approached_and_said_to_be():
     rows = make_rows()
     for prior, thin in (("normal", False), ("pinwheel", True), ("square", True)):
         options = LatentOptions(prior=prior, compare=("vae",))
         model, facts = model_config(options, rows, 0)
-        assert (model.background > 0) == thin
         assert any("thin" in fact for fact in facts) == thin
-        assert (method_config("ddvi", options, model, False).sleep_first > 0) == thin
-        assert method_config("vae", options, model, False).lr > 0
+        ours = [method_config(name, options, model, False) for name in ("vae", "aae", "ddvi")]
+        assert [config.lr for config in ours] == [3e-3 if thin else 1e-3, 1e-3, 3e-3]
+        assert ours[2].gamma < 1
 
 
 def test_labels_bring_a_cluster_each_unless_a_prior_is_chosen():
@@ -127,6 +128,11 @@ def test_every_method_trains_reports_and_opens_again_with_the_same_draws(name, t
     got = latents_of(opened.posterior, opened.model, x, 5, 2)
     torch.testing.assert_close(got.draws, want.draws)
     torch.testing.assert_close(got.mean, want.mean)
+    plain, weighed = (
+        trained.posterior.draw(x, 1, torch.Generator().manual_seed(1), weigh=weigh) for weigh in (False, True)
+    )
+    assert plain.log_weight is None
+    torch.testing.assert_close(plain.z, weighed.z)
     config = method_config(name, LatentOptions(method=name), prepared.model, True)
     assert config_from_json(name, config_to_json(config)) == config
 
@@ -165,7 +171,7 @@ class Known:
     def __init__(self, narrow=1.0, still=False, density=True):
         self.narrow, self.still, self.density = narrow, still, density
 
-    def draw(self, x, k, generator):
+    def draw(self, x, k, generator, weigh=True):
         mean, sd = x[:, :1] / 2, math.sqrt(0.5) * self.narrow * torch.ones(len(x), 1)
         z = mean + sd * torch.randn(k, len(x), 1, generator=generator)
         log_q = torch.distributions.Normal(mean, sd).log_prob(z)[..., 0]
@@ -260,3 +266,24 @@ def test_new_rows_must_have_the_columns_of_the_fit(tmp_path):
 def test_options_that_mean_nothing_are_refused(options, says):
     with pytest.raises(InputError, match=says.replace("-", "[-]")):
         check_latent(options)
+
+
+def test_images_may_have_convolutions_and_a_decoder_of_other_layers():
+    rows = replace(make_rows(), shape=(2, make_rows().values.shape[1] // 2, 1), kind="images")
+    options = LatentOptions(method="vae", embedding="image", compare=("ddvi",))
+    model, _ = model_config(options, rows, 0)
+    assert model.shape == rows.shape
+    assert all(method_config(name, options, model, False).shape == rows.shape for name in options.methods)
+    model, _ = model_config(LatentOptions(method="vae", settings=("model.hidden=7,5",)), rows, 0)
+    assert (model.hidden, model.shape) == ((7, 5), None)
+    with pytest.raises(InputError, match="no images"):
+        model_config(options, make_rows(), 0)
+    for wrong, words in (
+        ({"embedding": "set"}, "knows mlp and image"),
+        ({"settings": ("model.hidden=0",)}, "one unit or more"),
+        ({"settings": ("model.latent=3",)}, "it has hidden"),
+        ({"embedding": "image", "method": "ddvi-paper"}, "no convolutions"),
+        ({"embedding": "image", "method": "vae", "settings": ("model.hidden=5",)}, "leave one of the two out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_latent(LatentOptions(**wrong))

@@ -140,7 +140,12 @@ def test_state_goes_to_disk_and_back(tmp_path):
 def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="1 to 5"):
         fitted(PROBLEM.x, dim=6)
+
+
+def test_a_row_without_a_number_has_the_prior():
     rows = PROBLEM.x.clone()
     rows[4] = math.nan
-    with pytest.raises(InputError, match="row 5"):
-        fitted(rows)
+    found = draw(fitted(rows), rows, 1)
+    assert torch.allclose(found.mean[4], torch.zeros(1).double())
+    assert torch.allclose(found.sd[4], torch.ones(1).double())
+    assert bool(found.log_weight.isfinite().all())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hsivi_cli.networks import decoders
 from hsivi_cli.networks.decoders import ConvDecoder, ConvTrunk, MlpDecoder, column_scales, mlp_trunk
 
 
@@ -56,7 +57,8 @@ def test_weights_depend_on_the_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_scales_are_those_of_the_columns_without_the_gaps():
+def test_scales_are_those_of_the_columns_without_the_gaps(monkeypatch):
+    monkeypatch.setattr(decoders, "NUMBERS_AT_ONCE", 3 * 70)  # several blocks, the last smaller
     x = torch.randn(500, 3, generator=generator()) * torch.tensor([1.0, 30.0, 0.0]) + torch.tensor([5.0, -100.0, 2.0])
     x[::3, 0] = math.nan
     mean, sd = column_scales(x)
@@ -65,6 +67,11 @@ def test_scales_are_those_of_the_columns_without_the_gaps():
     assert float(sd[0]) == pytest.approx(float(there.std(unbiased=False)), abs=1e-5)
     assert float(sd[2]) == 1  # does not move
     assert float(mean[1]) == pytest.approx(float(x[:, 1].mean()), rel=1e-5)
+    assert float(sd[1]) == pytest.approx(float(x[:, 1].std(unbiased=False)), rel=1e-5)
+    x[:140, 1] = math.nan  # whole blocks without a number
+    mean, sd = column_scales(x)
+    assert float(mean[1]) == pytest.approx(float(x[140:, 1].mean()), rel=1e-5)
+    assert float(sd[1]) == pytest.approx(float(x[140:, 1].std(unbiased=False)), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])

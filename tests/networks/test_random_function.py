@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hsivi_cli.networks import random_function
 from hsivi_cli.networks.random_function import (
     HIGHEST_LOG_SD,
     MOST_S,
@@ -65,6 +66,17 @@ def test_moments_are_those_of_drawn_weights(covariance, mean_function):
     error = f.std(0) / math.sqrt(len(f))
     assert bool(((f.mean(0) - mean).abs() < 4 * error).all())
     assert torch.allclose(f.var(0), variance, rtol=0.02)
+
+
+@pytest.mark.parametrize("covariance", KINDS)
+@pytest.mark.parametrize("many", [1, 40, 10_000])
+def test_variances_are_quadratic_forms_whatever_the_blocks_and_the_axes(covariance, many, monkeypatch):
+    monkeypatch.setattr(random_function, "NUMBERS_AT_ONCE", many)
+    head = shaken_head(covariance)
+    for shape in ((), (0,), (7,), (2, 7)):
+        psi = torch.randn(*shape, FEATURES, generator=generator(2), dtype=torch.float64)
+        exact = torch.einsum("...p,jpq,...q->...j", psi, covariances(head), psi)
+        assert torch.allclose(head(psi)[1], exact, rtol=1e-10)
 
 
 @pytest.mark.parametrize("mean_function", [True, False])

@@ -1,16 +1,27 @@
 """Priors of latents: densities integrate to 1, are those of the samplers, and have the gradients they should."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from hsivi_cli.errors import InputError
-from hsivi_cli.targets.latent_priors import PRIORS, ClusterPrior, LatentPrior, make_prior
+from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.targets.latent_priors import (
+    GUARDS,
+    LEVELS,
+    PRIORS,
+    WIDEST,
+    ClusterPrior,
+    LatentPrior,
+    Narrowing,
+    make_prior,
+)
 from hsivi_cli.targets.latent_shapes import Pinwheel, Square, SwissRoll
 
 DOUBLE = torch.float64
 NAMES = list(PRIORS)
+BROAD = [f"broad {name}" for name in WIDEST]
 
 
 def cluster_prior() -> ClusterPrior:
@@ -24,9 +35,11 @@ def cluster_prior() -> ClusterPrior:
 def prior_of(name: str) -> LatentPrior:
     if name == "clusters":
         return cluster_prior()
-    if name == "background":
-        return make_prior("square", 2, background=0.05)
-    return make_prior(name, 2)
+    prior = make_prior(name.removeprefix("broad "), 2)
+    if name.startswith("broad"):
+        assert isinstance(prior, Narrowing)
+        prior.approach(0.4)
+    return prior
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -45,7 +58,8 @@ def grid_integral(prior: LatentPrior, reach: float, step: float) -> float:
 @pytest.mark.parametrize(
     ("name", "reach", "step"),
     [("normal", 6, 0.1), ("swiss-roll", 3.8, 0.06), ("square", 1.5, 0.005), ("mixture", 4.5, 0.03),
-     ("clusters", 6, 0.03), ("background", 5, 0.01)],
+     ("clusters", 6, 0.03), ("broad pinwheel", 2.5, 0.02), ("broad square", 2, 0.01), ("broad swiss-roll", 5, 0.05),
+     ("broad mixture", 5, 0.03)],
 )  # fmt: skip
 def test_a_density_integrates_to_one(name, reach, step):
     assert grid_integral(prior_of(name), reach, step) == pytest.approx(1, abs=1e-3)
@@ -82,7 +96,7 @@ def test_standard_deviations_are_those_of_the_study():
     assert sds(make_prior("square", 2)) == pytest.approx([0.82, 0.82], abs=0.01)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "clusters", "background"])
+@pytest.mark.parametrize("name", [*NAMES, "clusters", *BROAD])
 def test_samplers_and_densities_agree(name):
     """A kernel estimate from draws, at a few points, against the exact density smoothed by the same kernel."""
     prior, width = prior_of(name), 0.08
@@ -102,7 +116,7 @@ def test_samplers_and_densities_agree(name):
         assert abs(float(found) - exact) < 5 * float(spread) + 1e-3 * exact
 
 
-@pytest.mark.parametrize("name", ["pinwheel", "swiss-roll", "square", "mixture", "background"])
+@pytest.mark.parametrize("name", ["pinwheel", "swiss-roll", "square", "mixture", *BROAD])
 def test_the_whole_is_the_equal_mixture_of_the_classes(name):
     prior = prior_of(name)
     z = prior.sample(500, generator()).double()
@@ -111,6 +125,50 @@ def test_the_whole_is_the_equal_mixture_of_the_classes(name):
     k = torch.arange(prior.classes).repeat_interleave(50)
     own = prior.log_prob_class(prior.sample_class(k, generator(1)).double()).argmax(-1)
     assert (own == k).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", WIDEST)
+def test_a_thin_prior_is_approached_from_a_broad_one_and_reached_exactly(name):
+    prior = make_prior(name, 2)
+    assert isinstance(prior, Narrowing)
+    exact, off = prior.exact, prior.exact.sample(400, generator()).double() + 0.2
+    entropies, lowest = [], []
+    for level in range(LEVELS + 1):
+        prior.approach(level / LEVELS)
+        entropies.append(float(-prior.log_prob(prior.sample(4000, generator()).double()).mean()))
+        lowest.append(float(prior.log_prob(off).mean()))
+    assert all(after < before + 0.02 for before, after in itertools.pairwise(entropies))
+    assert lowest[0] > lowest[-1]
+    assert entropies[0] - entropies[-1] > 0.3
+    assert torch.equal(prior.log_prob(off), exact.log_prob(off))
+    prior.approach(-1.0)
+    assert float(prior.log_prob(off).mean()) == lowest[0]
+    assert torch.equal(make_prior(name, 2).log_prob(off), exact.log_prob(off))
+
+
+@pytest.mark.parametrize("name", WIDEST)
+def test_rows_off_a_thin_prior_cost_little_and_are_drawn_back(name):
+    prior, bare = make_prior(name, 2), make_prior(name, 2).exact.inner
+    on = prior.sample(500, generator()).double()
+    assert float((prior.log_prob(on) - bare.log_prob(on)).abs().median()) < 2e-3
+    fine = WIDEST[name][1]
+    z = (bare.sample(200, generator(1)).double() + 8 * fine / 2**0.5).requires_grad_()
+    found = prior.log_prob(z)
+    assert float(found.detach().min()) > float(bare.log_prob(z.detach()).min())
+    assert float(prior.log_prob(on).mean() - found.detach().min()) < 40
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+    moved = z.detach() + 0.1 * fine * gradient / gradient.norm(dim=1, keepdim=True)
+    assert (prior.log_prob(moved) > found.detach() - 1e-9).double().mean() > 0.98
+    draws = prior.sample(400_000, generator(2))
+    (width, share), *_ = GUARDS[name]
+    counted = prior.exact._choose(
+        [torch.zeros(400_000, 1), *(torch.ones(400_000, 1),) * len(GUARDS[name])], generator(3)
+    )
+    wanted = sum(share for _, share in GUARDS[name])
+    assert abs(float(counted.mean()) - wanted) < 5 * (wanted / 400_000) ** 0.5
+    assert draws.shape == (400_000, 2)
+    assert width > fine
+    assert share < 0.01
 
 
 def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
@@ -125,7 +183,7 @@ def test_a_learned_prior_weighs_its_clusters_and_its_draws_follow_its_heads():
     assert (prior.log_scale.grad[[0, 2]] != 0).all()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "clusters", "background"])
+@pytest.mark.parametrize("name", [*NAMES, "clusters", *BROAD])
 def test_gradients_are_those_of_finite_differences(name):
     prior = prior_of(name)
     z = prior.sample(40, generator()).double().detach()
@@ -164,6 +222,54 @@ def test_the_pinwheels_roots_are_solutions():
     assert (own == 3).all()
 
 
+def bisected(prior: Pinwheel, z: torch.Tensor) -> torch.Tensor:
+    """f1 of each arm, (n, K), by bisections alone: of the beginning of the rising stretch, then of the root on it."""
+    turn = 2 * math.pi * torch.arange(prior.classes, dtype=DOUBLE) / prior.classes
+    r = z.norm(dim=-1, keepdim=True)
+
+    def rise(phi):
+        return phi - prior.twist * (r * phi.cos()).exp()
+
+    low = -torch.acos(2 * r / (1 + (1 + 4 * r.square()).sqrt()))
+    high = torch.zeros_like(low)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        rising = 1 + prior.twist * (r * middle.cos()).exp() * r * middle.sin() > 0
+        low, high = torch.where(rising, low, middle), torch.where(rising, middle, high)
+    target = rise(high) + torch.remainder(torch.atan2(z[:, 1:], z[:, :1]) + turn - rise(high), 2 * math.pi)
+    low, high = high.expand_as(target), (high + 2 * math.pi).expand_as(target)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = rise(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return r * low.cos()
+
+
+def test_the_pinwheels_roots_are_those_of_bisections_however_far():
+    prior = Pinwheel()
+    r, angle = torch.rand(2, 20_000, 1, generator=generator(5), dtype=DOUBLE) * torch.tensor([[[5.0]], [[2 * math.pi]]])
+    for z in (torch.cat((r * angle.cos(), r * angle.sin()), -1), prior.sample(5000, generator(6)).double()):
+        turn = 2 * math.pi * torch.arange(10, dtype=DOUBLE) / 10
+        wanted, found = bisected(prior, z), prior._roots(z, turn)
+        assert float((found - wanted).abs().max()) < 1e-11
+        assert float((found - wanted).abs()[z.norm(dim=-1) < 1.6].max()) < 1e-13
+    far = (1e3 * torch.ones(3, 2, dtype=DOUBLE)).requires_grad_()
+    assert torch.isfinite(torch.autograd.grad(prior.log_prob(far).sum(), far)[0]).all()
+
+
+@pytest.mark.parametrize("prior", [Pinwheel(), SwissRoll(3)], ids=["pinwheel", "swiss-roll"])
+def test_gradients_of_each_class_can_be_differentiated_again(prior):
+    """As semi-amortised training does, which differentiates through steps along the gradient."""
+    z = (prior.sample(6, generator()).double() + 0.02).requires_grad_()
+    weight = torch.randn(prior.classes, generator=generator(1), dtype=DOUBLE)
+
+    def mixed(z):
+        return (prior.log_prob_class(z) * weight).sum(-1) / 1e3
+
+    assert torch.autograd.gradcheck(mixed, z, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(mixed, z, atol=1e-4, rtol=1e-4)
+
+
 def test_the_rolls_quadrature_has_converged():
     z = SwissRoll().sample(300, generator()).double()
     z = torch.cat((z, z + 0.2))
@@ -172,11 +278,11 @@ def test_the_rolls_quadrature_has_converged():
 
 @pytest.mark.parametrize("dim", [3, 4])
 def test_rolls_and_squares_in_more_dimensions(dim):
-    roll = make_prior("swiss-roll", dim)
+    roll = SwissRoll(dim)
     z = roll.sample(200, generator()).double()
     beside = -0.5 * (z[:, 2:] / 0.1).square().sum(-1) - (dim - 2) * (0.5 * math.log(2 * math.pi) + math.log(0.1))
     assert torch.allclose(roll.log_prob(z), SwissRoll().log_prob(z[:, :2]) + beside, atol=1e-8)
-    cube = make_prior("square", dim)
+    cube = Square(dim)
     z = cube.sample(20_000, generator()).double()
     on_edge = ((z.abs() - 1).abs() < 0.3).sum(-1)
     assert (on_edge >= dim - 1).double().mean() > 0.999
@@ -208,8 +314,6 @@ def test_what_is_refused():
             make_prior(name, dim)
     with pytest.raises(InputError, match="clusters 1"):
         ClusterPrior(1, 2)
-    with pytest.raises(InputError, match="share"):
-        make_prior("square", 2, background=1.0)
 
 
 def test_the_pinwheels_density_is_that_of_the_change_of_variables():
@@ -225,3 +329,45 @@ def test_the_pinwheels_density_is_that_of_the_change_of_variables():
         normal = -0.5 * (((f[0] - 1) / 0.15) ** 2 + (f[1] / 0.1) ** 2) - math.log(2 * math.pi * 0.15 * 0.1)
         wanted = normal - torch.autograd.functional.jacobian(forward, f).det().abs().log()
         assert float(prior.log_prob_class(forward(f))[3]) == pytest.approx(float(wanted), abs=1e-9)
+
+
+def test_a_broad_cluster_prior_is_standard_normal_until_it_is_placed():
+    prior, normal = ClusterPrior(5, 2, generator(1)), make_prior("normal", 2)
+    prior.broaden()
+    z = torch.randn(40, 2, generator=generator(2))
+    torch.testing.assert_close(prior.log_prob(z), normal.log_prob(z))
+    torch.testing.assert_close(prior.log_prob_class(z), normal.log_prob(z)[:, None].expand(-1, 5))
+    drawn = prior.sample(20_000, generator(3))
+    assert float(drawn.mean(0).abs().max()) < 5 / math.sqrt(20_000)
+    assert torch.allclose(drawn.var(0), torch.ones(2), atol=5 * math.sqrt(2 / 20_000))
+    assert torch.autograd.grad(
+        prior.log_prob(z.requires_grad_()).sum(), list(prior.parameters()), allow_unused=True
+    ) == (None, None, None)
+
+
+def test_placed_clusters_are_those_of_the_latents():
+    truth = cluster_prior()
+    with torch.no_grad():  # apart, so that the likelihood has one maximum that matters
+        truth.heads.copy_(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0]]))
+    latents = truth.sample(3000, generator(4)).detach()
+    prior = ClusterPrior(4, 2, generator(5))
+    prior.broaden()
+    before = prior.log_prob(latents).mean()
+    prior.place(latents, 0)
+    found, best = (float(p.log_prob(latents.double()).mean().detach()) for p in (prior, truth))
+    assert found > best - 1e-3  # the maximum of the likelihood is above the truth's own
+    assert found < best + 0.02
+    assert found > float(before) + 0.5
+    order = truth.log_scale.argsort(), prior.log_scale.argsort()
+    torch.testing.assert_close(prior.log_weights[order[1]].double(), truth.log_weights[order[0]], atol=0.15, rtol=0)
+    copy = ClusterPrior(4, 2)
+    copy.broaden()
+    copy.load_state_dict(prior.state_dict())
+    torch.testing.assert_close(copy.log_prob(latents), prior.log_prob(latents))
+
+
+def test_clusters_cannot_be_placed_on_too_few_latents():
+    with pytest.raises(InputError, match="--clusters 4: there are only 3 rows"):
+        cluster_prior().place(torch.zeros(3, 2), 0)
+    with pytest.raises(RunError, match="diverged"):
+        cluster_prior().place(torch.full((9, 2), math.nan), 0)
