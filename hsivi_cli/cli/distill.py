@@ -75,6 +75,7 @@ def distill(
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
     ] = False,
     seed: options.Seed = 0,
+    kernels: options.Kernels = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
     as_json: options.AsJson = False,
@@ -119,7 +120,8 @@ def distill(
         "seed": seed,
     }
     grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
-    configs = {k: DistillConfig(grid=grids[k], device=device, **settings) for k in nfes}
+    with_kernels = options.resolve_kernels(kernels, device)
+    configs = {k: DistillConfig(grid=grids[k], device=device, kernels=with_kernels, **settings) for k in nfes}
     donor = load_student(init_from, device) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)

@@ -61,7 +61,13 @@ def _version(package: str) -> str | None:
 def _triton_state(version: str | None, gpu: bool) -> str:
     if version is None:
         return "not installed"
-    return "installed, no kernel of hsivi uses it yet" if gpu else "installed, needs a GPU"
+    if not gpu:
+        return "installed, needs a GPU"
+    import torch
+
+    from hsivi_cli.kernels.choice import triton_can_run
+
+    return "used by --kernels auto" if triton_can_run(torch.empty(0, device="cuda")) else "installed, GPU too old"
 
 
 def _cpu_name() -> str:

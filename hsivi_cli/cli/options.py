@@ -1,7 +1,7 @@
 """Options that several subcommands share, so that they read the same everywhere."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,10 @@ Clip = Annotated[
 ]
 SamplingPrecision = Annotated[
     str, typer.Option("--precision", help="fp32, or bf16: the network in bfloat16, faster where the hardware has it.")
+]
+Kernels = Annotated[
+    str,
+    typer.Option("--kernels", help="auto: fused Triton kernels on a GPU that can run them; triton or torch: insist."),
 ]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
@@ -66,6 +70,16 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
 def check_precision(value: str) -> Literal["fp32", "bf16"]:
     """Return a precision, or raise InputError."""
     return "bf16" if check_choice("--precision", value, ("fp32", "bf16")) == "bf16" else "fp32"
+
+
+def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
+    """Turn `auto` into what runs on this device; raises InputError for `triton` where it cannot."""
+    import torch
+
+    from hsivi_cli.kernels.choice import use_triton
+
+    choice: Any = check_choice("--kernels", value, ("auto", "triton", "torch"))
+    return "triton" if use_triton(choice, torch.empty(0, device=device)) else "torch"
 
 
 def parse_integers(flag: str, value: str) -> list[int]:

@@ -50,6 +50,7 @@ def sample(
     clip: options.Clip = False,
     batch_size: options.BatchSize = 64,
     precision: options.SamplingPrecision = "fp32",
+    kernels: options.Kernels = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -98,7 +99,8 @@ def sample(
 
     device = options.resolve_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
-    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip, options.check_precision(precision))
+    in_precision, with_kernels = options.check_precision(precision), options.resolve_kernels(kernels, device)
+    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels)
     destination = open_destination(out, sampler.shape[0], force)
     check_capacity(destination, n, sampler.shape)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
@@ -117,6 +119,7 @@ def sample(
                 "nfe": sampler.nfe,
                 "seed": seed,
                 "device": device,
+                "kernels": with_kernels,
                 "sampler": sampler.description,
                 "seconds": seconds,
                 "images_per_second": n / seconds,

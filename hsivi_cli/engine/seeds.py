@@ -50,3 +50,37 @@ class NoiseStreams:
         for row, stream in zip(noise, self._streams, strict=True):
             stream.standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(noise).to(device)
+
+
+class PhiloxStreams:
+    """As `NoiseStreams`, but drawn where the samples are, by counters that a kernel can use itself (kernels.philox).
+
+    The noise is another one than `NoiseStreams` has for the same seed. Draw number 0 is the starting noise; `streams`
+    and `take()` give a kernel what it needs to make a draw itself.
+    """
+
+    def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> None:
+        from hsivi_cli.kernels.philox import make_streams  # with it comes Triton, which most commands never need
+
+        self.streams = make_streams(seed, indices, device)
+        self._drawn = 0
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.streams)
+
+    def take(self) -> int:
+        """The number of the next draw, which counts as made."""
+        self._drawn += 1
+        return self._drawn - 1
+
+    def rewind(self) -> None:
+        """Begin again with draw number 0."""
+        self._drawn = 0
+
+    def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, "n *shape"]:
+        """The next noise of every sample, shape `(n, *shape)`, float32."""
+        from hsivi_cli.kernels.philox import normals
+
+        noise = normals(self.streams, self.take(), shape)
+        return noise if device is None else noise.to(device)

@@ -140,9 +140,10 @@ def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
 
 
 def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
-    """A configuration as plain JSON; the device is not part of it."""
+    """A configuration as plain JSON; what it runs on, device and kernels, is not part of it."""
     fields = dataclasses.asdict(config)
-    fields.pop("device")
+    for where in ("device", "kernels"):
+        fields.pop(where)
     return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
 
 

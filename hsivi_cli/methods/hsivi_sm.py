@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
+from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, chain_states, sample_student
 from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
 from hsivi_cli.targets.score_net import ScoreNet
@@ -70,6 +71,7 @@ class DistillConfig:
     precision: Precision = "fp32"
     seed: int = 0
     device: str = "cpu"
+    kernels: Kernels = "torch"
 
     @property
     def chains(self) -> int:
@@ -117,7 +119,14 @@ def check_donor(teacher: ScoreNet, donor: Student) -> None:
 
 
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
-    """Student and critic start as copies of the teacher; the student may start from another student instead."""
+    """Student and critic start as copies of the teacher; the student may start from another student instead.
+
+    With `config.kernels` the norms of all three networks are fused, the teacher's in place.
+    """
+    if use_triton(config.kernels, next(target.unet.parameters())):
+        from hsivi_cli.kernels.convert import fuse
+
+        fuse(target.unet, config.kernels)
     student = copy.deepcopy(target.unet)
     if warm_start is not None:
         student.load_state_dict(warm_start.unet.state_dict())

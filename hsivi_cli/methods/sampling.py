@@ -14,6 +14,7 @@ from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
+from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
 from hsivi_cli.targets.score_net import ScoreNet, load_score_net
 from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, resolve_order, solve, solver_times
@@ -47,6 +48,7 @@ def open_sampler(
     order: int | None = None,
     clip: bool = False,
     precision: Precision = "fp32",
+    kernels: Kernels = "torch",
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
@@ -64,7 +66,9 @@ def open_sampler(
                 f"{path} holds students, --solver samples their teacher: name its directory, or drop --solver"
             )
         score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device)
-        return solver_sampler(score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip, precision)
+        return solver_sampler(
+            score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip, precision, kernels
+        )
     for flag, given in (("--spacing", spacing is not None), ("--order", order is not None), ("--clip", clip)):
         if given:
             raise InputError(f"{flag} belongs to a solver: pass --solver too")
@@ -74,10 +78,10 @@ def open_sampler(
         )
     if path is None and nfe is None:
         nfe = DEFAULT_NFE
-    return student_sampler(load_student(select_student(path, nfe), device), precision)
+    return student_sampler(load_student(select_student(path, nfe), device), precision, kernels)
 
 
-def student_sampler(student: Student, precision: Precision = "fp32") -> Sampler:
+def student_sampler(student: Student, precision: Precision = "fp32", kernels: Kernels = "torch") -> Sampler:
     """The sampler of a distilled student; the network computes in `precision`, the chain in float32."""
     description = {
         "kind": "student",
@@ -90,7 +94,7 @@ def student_sampler(student: Student, precision: Precision = "fp32") -> Sampler:
         "quantisation": QUANTISATION,
     }
     name = f"HSIVI student, NFE {student.nfe}"
-    run = lambda noise: sample_student(student, noise, precision)  # noqa: E731
+    run = lambda noise: sample_student(student, noise, precision, kernels)  # noqa: E731
     return Sampler(name, student.nfe, student.shape, run, description)
 
 
@@ -102,6 +106,7 @@ def solver_sampler(
     order: int | None = None,
     clip: bool = False,
     precision: Precision = "fp32",
+    kernels: Kernels = "torch",
 ) -> Sampler:
     """A diffusers solver on a score network; spacing and order default to the best on the shipped teacher.
 
@@ -132,7 +137,12 @@ def solver_sampler(
 
     def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
         draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
-        return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
+        if not use_triton(kernels, next(score_net.unet.parameters())):
+            return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
+        from hsivi_cli.kernels.convert import fused
+
+        with fused(score_net.unet, kernels):
+            return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])
     return Sampler(f"{solver} ({', '.join(recipe)}), NFE {nfe}", nfe, score_net.shape, run, description)

@@ -20,10 +20,11 @@ from torch import Tensor
 import hsivi_cli
 from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
 from hsivi_cli.engine.optimisation import Precision, autocast
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import NoiseStreams, PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
+from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.targets.score_net import WEIGHTS, image_shape, load_unet
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
 
@@ -79,20 +80,52 @@ class Student:
 
 
 @torch.no_grad()
-def sample_student(student: Student, noise: NoiseStreams, precision: Precision = "fp32") -> Float[Tensor, "n c h w"]:
-    """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise."""
-    device = next(student.unet.parameters()).device
+def sample_student(
+    student: Student, noise: NoiseStreams | PhiloxStreams, precision: Precision = "fp32", kernels: Kernels = "torch"
+) -> Float[Tensor, "n c h w"]:
+    """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise.
+
+    Where Triton can run, `kernels` other than "torch" fuses the network's norms for as long as this takes, and with
+    PhiloxStreams the layers too, noise included. The images are the same up to rounding.
+    """
+    first = next(student.unet.parameters())
+    device = first.device
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
         with autocast(precision, device):
-            return student.unet(x, t).sample.float()
+            return student.unet(x, t.to(device)).sample.float()
 
-    return walk_chain(
-        eps,
-        student.log_gamma.to(device),
-        student.layers,
-        lambda: noise.draw(student.shape, device),
-    )
+    log_gamma = student.log_gamma.to(device)
+    if not use_triton(kernels, first):
+        return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))
+    from hsivi_cli.kernels.convert import fused
+
+    with fused(student.unet, kernels):
+        if isinstance(noise, PhiloxStreams):
+            return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
+        return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))
+
+
+def walk_fused(
+    student_eps: Callable[[Tensor, Tensor], Tensor],
+    log_gamma: Float[Tensor, "..."],
+    layers: LayerCoefficients,
+    shape: tuple[int, ...],
+    noise: PhiloxStreams,
+    kernels: Kernels = "auto",
+) -> Float[Tensor, "n *shape"]:
+    """As `walk_chain`, each layer in one pass that draws its own noise."""
+    from hsivi_cli.kernels.hsivi_step import hsivi_step
+
+    x = noise.draw(shape)
+    for layer in range(layers.nfe, 0, -1):
+        eps = student_eps(x, layers.times[layer])
+        a, b, c1 = (float(v[layer]) for v in (layers.A, layers.B, layers.c1))
+        if layer == 1:
+            return hsivi_step(x, eps, a, b, kernels=kernels)
+        gamma = log_gamma[layer - 1] if log_gamma.ndim == x.ndim else log_gamma
+        x = hsivi_step(x, eps, a, b, c1, gamma, noise.streams, noise.take(), kernels)
+    return x
 
 
 def walk_chain(

@@ -32,6 +32,7 @@ def test_json_says_what_made_the_images(tiny_teacher, tmp_path, capsys):
     assert (payload["out"], payload["n"], payload["nfe"]) == (out, 4, 10)
     assert payload["sampler"]["spacing"] == "leading"
     assert payload["images_per_second"] > 0
+    assert payload["kernels"] == "torch"
     assert "ddim (leading)" in story
 
 
@@ -58,6 +59,10 @@ def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
     out = ("--out", tmp_path / "new.png")
     fails(capsys, 2, "does not exist", tmp_path / "none", *out)
     fails(capsys, 2, "is a file", file, *out)
+    fails(capsys, 2, "--kernels 'cuda' is unknown", tiny_run, "--nfe", 3, "--kernels", "cuda", *out)
+    fails(
+        capsys, 2, "use --kernels auto or torch", tiny_run, "--nfe", 3, "--kernels", "triton", "--device", "cpu", *out
+    )
     fails(capsys, 2, "NFE 3, 5 only", tiny_run, "--nfe", 4, *out)
     fails(capsys, 2, "--solver", tiny_teacher, *out)
     fails(capsys, 2, "drop --solver", tiny_run, "--solver", "ddim", *out)

@@ -1,0 +1,111 @@
+"""`hsivi bench`: how fast this machine samples, against the peers, all sides in one run."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hsivi_cli.cli import console, options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hsivi_cli.methods.benchmark import Case, Row
+
+WHAT = ("sample", "distill", "kernels")
+
+
+def bench(
+    student: Annotated[
+        Path | None, typer.Argument(help="Student or run directory. Default: the shipped student.")
+    ] = None,
+    nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
+    what: Annotated[str, typer.Option("--what", help="sample, distill, kernels; several with commas.")] = "sample",
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes, as 1,64,256.")] = "1,64",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, or both with a comma.")] = "fp32",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; each side is timed once a round.")] = 10,
+    compile_modes: Annotated[
+        str, typer.Option("--compile", help="Modes of torch.compile to time too, as default,reduce-overhead.")
+    ] = "",
+    cifar: Annotated[
+        bool, typer.Option("--cifar", help="A CIFAR-sized network of random weights, in place of a student.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="First check every kernel against its reference; exit code 3 if one is off.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the times, as a PNG.")] = None,
+    device: options.Device = "auto",
+    threads: options.Threads = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time sampling, distillation and kernels: ours, plain torch, torch.compile and diffusers' pipeline.
+
+    The sides take turns in one run; the table says which is faster. The whole list for a GPU:
+    `hsivi bench --cifar --check --what sample,distill,kernels --batch 1,64,256 --precision bf16 --compile
+    default,reduce-overhead --json`.
+    """
+    import torch
+
+    from hsivi_cli.errors import GateError
+    from hsivi_cli.methods import benchmark
+    from hsivi_cli.methods.benchmark_kernels import check_kernels, kernel_cases
+    from hsivi_cli.methods.sampling import DEFAULT_NFE
+    from hsivi_cli.methods.student import load_student, select_student
+
+    place = torch.device(options.resolve_device(device, threads))
+    wanted = [options.check_choice("--what", item, WHAT) for item in what.split(",")]
+    batches = options.parse_integers("--batch", batch)
+    precisions = [options.check_precision(item) for item in precision.split(",")]
+    modes = tuple(filter(None, compile_modes.split(",")))
+    if check:
+        options.resolve_kernels("triton", str(place))
+    if cifar:
+        model = benchmark.cifar_student(place, nfe or DEFAULT_NFE)
+    else:
+        shipped = DEFAULT_NFE if student is None and nfe is None else nfe
+        model = load_student(select_student(student, shipped), str(place))
+    accuracy = check_kernels(place) if check else []
+    machine = benchmark.measure_machine(place, precisions)
+    rows: list[Row] = []
+    for size in batches:
+        for kind in precisions:
+            for item in wanted:
+                console.story(f"{item}, batch {size}, {kind}")
+                cases: Iterable[Case]
+                if item == "sample":
+                    cases = [benchmark.sample_case(model, size, kind, modes)]
+                elif item == "distill":
+                    cases = [benchmark.distill_case(model, size, kind)]
+                else:
+                    cases = kernel_cases(place, size, kind, bool(modes))
+                for case in cases:
+                    rows += benchmark.run_case(case, machine, repeats, place)
+    off = [a for a in accuracy if not a.error <= a.bound]
+    if plot is not None:
+        benchmark.plot_rows(rows, plot)
+    if as_json:
+        payload: dict[str, Any] = {"machine": dataclasses.asdict(machine), "torch": torch.__version__}
+        payload |= {"threads": torch.get_num_threads(), "rows": [dataclasses.asdict(row) for row in rows]}
+        console.result_json(payload | {"accuracy": [dataclasses.asdict(a) for a in accuracy]})
+    else:
+        _print(rows)
+    if off:
+        worst = max(off, key=lambda a: a.error / a.bound)
+        raise GateError(f"{len(off)} kernel results are off, the worst: {worst.kernel} by {worst.error:.1e}")
+
+
+def _print(rows: "list[Row]") -> None:
+    from hsivi_cli.methods.benchmark import relative_to_best
+
+    table = []
+    for row, ratio in zip(rows, relative_to_best(rows), strict=True):
+        timing = row.timing
+        share = f"{row.bandwidth_share:.0%} of copy" if row.bandwidth_share else ""
+        share += f"{row.matmul_share:.0%} of matmul" if row.matmul_share else ""
+        spread = f"{timing.low * 1e3:.3f}..{timing.high * 1e3:.3f}"
+        verdict = "fastest" if ratio == 1 else f"{ratio:.2f} x the fastest"
+        place = (row.case, str(row.batch), row.precision, row.side)
+        table.append((*place, f"{timing.median * 1e3:.3f}", spread, share, verdict))
+    header = ("case", "batch", "precision", "side", "ms", "quartiles", "share", "")
+    console.result_table("Benchmark", table, header)

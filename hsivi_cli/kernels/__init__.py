@@ -1,0 +1,1 @@
+"""Fused operations: each file holds a Triton kernel and its PyTorch reference side by side."""

@@ -1,0 +1,132 @@
+"""Each fused kernel alone: how fast beside torch's own operations, and how far from its float64 reference."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hsivi_cli.engine.optimisation import Precision
+from hsivi_cli.engine.seeds import PhiloxStreams
+from hsivi_cli.kernels.choice import triton_can_run
+from hsivi_cli.kernels.group_norm_silu import composite, group_norm_silu
+from hsivi_cli.kernels.hsivi_step import hsivi_step, step_reference
+from hsivi_cli.kernels.philox import normals, normals_triton
+from hsivi_cli.methods.benchmark import DTYPES, EAGER, OURS, Case
+
+CIFAR = (128, 32, 32)  # an activation of the CIFAR-10 DDPM UNet's first level, the largest it has
+GROUPS, EPS = 32, 1e-6
+CACHE = 2**28  # on a GPU the rotating inputs fill this much, so that none is left in its cache
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+Side = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """`||out - reference|| / ||reference||` of a kernel on this device, and the most it may be."""
+
+    kernel: str
+    error: float
+    bound: float
+
+
+def kernel_cases(
+    device: torch.device, batch: int, precision: Precision, compiled: bool, shape: tuple[int, int, int] = CIFAR
+) -> Iterator[Case]:
+    """Every kernel at the largest activation of the CIFAR UNet, on inputs that no cache still holds."""
+    nbytes = batch * shape[0] * shape[1] * shape[2] * DTYPES[precision].itemsize
+    count = max(CACHE // nbytes, 2) if device.type == "cuda" else 2
+    inner = 20 if device.type == "cuda" else 1
+    for label, memory_format in {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}.items():
+        norm = norm_sides(device, batch, DTYPES[precision], shape, memory_format, count, compiled)
+        yield Case(f"GroupNorm + SiLU + temb, {label}", batch, precision, norm[0], 2 * nbytes, inner=inner)
+        # forward: x in, y out; backward: x and dy in, dx out
+        yield Case(f"its forward and backward, {label}", batch, precision, norm[1], 5 * nbytes, inner=inner)
+    images = [torch.randn(2, batch, 3, *shape[1:], device=device) for _ in range(count)]
+    streams = PhiloxStreams(0, range(batch), device).streams
+    step: dict[str, Any] = {"a": 1.01, "b": -0.2, "c1": 0.1, "streams": streams}
+    step["log_gamma"] = torch.zeros(3, *shape[1:], device=device)
+    sides: dict[str, Side] = {EAGER: lambda i: step_reference(images[i % count][0], images[i % count][1], **step)}
+    if triton_can_run(streams):
+        sides = {OURS: lambda i: hsivi_step(images[i % count][0], images[i % count][1], **step)} | sides
+    yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * images[0][0].numel() * 4, inner=inner)
+
+
+def norm_sides(
+    device: torch.device,
+    batch: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    memory_format: torch.memory_format,
+    count: int,
+    compiled: bool,
+) -> tuple[dict[str, Side], dict[str, Side]]:
+    """Sides of GroupNorm + SiLU with a time embedding, forward alone and with its backward."""
+    xs = [torch.randn(batch, *shape, device=device).to(dtype, memory_format=memory_format) for _ in range(count)]
+    leaves = [x.detach().requires_grad_(True) for x in xs]
+    gradient = torch.randn_like(xs[0])
+    weight, bias = torch.ones(shape[0], device=device, dtype=dtype), torch.zeros(shape[0], device=device, dtype=dtype)
+    norm: dict[str, Any] = {"weight": weight, "bias": bias, "groups": GROUPS if shape[0] % GROUPS == 0 else 1}
+    norm |= {"eps": EPS, "temb": torch.randn(batch, shape[0], device=device).to(dtype)}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {EAGER: lambda x: composite(x, **norm)}
+    if triton_can_run(weight):
+        functions = {OURS: lambda x: group_norm_silu(x, **norm)} | functions
+    if compiled:
+        program = torch.compile(composite, mode="max-autotune-no-cudagraphs", dynamic=False)
+        functions["compile"] = lambda x: program(x, **norm)
+
+    def forward(function: Callable[[Tensor], Tensor]) -> Side:
+        return lambda i: function(xs[i % count])
+
+    def both(function: Callable[[Tensor], Tensor]) -> Side:
+        return lambda i: torch.autograd.grad(function(leaves[i % count]), leaves[i % count], gradient)
+
+    return {n: forward(f) for n, f in functions.items()}, {n: both(f) for n, f in functions.items()}
+
+
+def check_kernels(device: torch.device) -> list[Accuracy]:
+    """Every kernel on this device against its float64 reference; needs a device that Triton runs on."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for dtype in BOUNDS:
+        for shape in ((2, 128, 32, 32), (3, 96, 9, 7), (1, 384, 32, 32)):
+            for mean in (0.0, 1e4) if dtype == torch.float32 else (0.0,):
+                for memory_format in (torch.contiguous_format, torch.channels_last):
+                    x = torch.randn(shape, generator=generator) + mean
+                    x = x.to(device, dtype, memory_format=memory_format)
+                    weight, bias, temb = (torch.randn(n, shape[1], generator=generator) for n in (1, 1, shape[0]))
+                    given = [x, weight[0].to(device), bias[0].to(device), temb.to(device, dtype)]
+                    label = f"GroupNorm + SiLU, {tuple(shape)} {str(dtype)[6:]}, mean {mean:g}, {memory_format}"
+                    found += check_norm(label, given, BOUNDS[dtype])
+    streams = PhiloxStreams(2**40 + 1, [0, 7, 2**35], device).streams
+    reference = normals(streams.cpu(), 3, (3, 33, 31), torch.float64)
+    found.append(Accuracy("Philox normals, kernel", error(normals_triton(streams, 3, (3, 33, 31)), reference), 1e-6))
+    found.append(Accuracy("Philox normals, torch", error(normals(streams, 3, (3, 33, 31)), reference), 1e-6))
+    x, eps, gamma = (torch.randn(3, 3, 33, 31, generator=generator) for _ in range(3))
+    got = hsivi_step(x.to(device), eps.to(device), 1.02, -0.3, 0.2, gamma[0].to(device), streams, 2, "triton")
+    wanted = step_reference(x.double(), eps.double(), 1.02, -0.3, 0.2, gamma[0], streams.cpu(), 2)
+    return [*found, Accuracy("HSIVI step", error(got, wanted), 1e-6)]
+
+
+def check_norm(label: str, given: list[Tensor], bound: float) -> list[Accuracy]:
+    """Output and gradients of GroupNorm + SiLU at `given` = x, weight, bias and time embedding."""
+    results = []
+    for function, kind in ((group_norm_silu, None), (composite, torch.float64)):
+        leaves = [v.detach().to(kind or v.dtype).requires_grad_(True) for v in given]
+        call: Any = function
+        out = call(leaves[0], leaves[1], leaves[2], GROUPS, EPS, leaves[3])
+        out.square().sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    names = ("output", "dx", "dweight", "dbias", "dtemb")
+    errors = [error(ours, wanted) for ours, wanted in zip(*results, strict=True)]
+    # gradients add up over pixels and batch: a few times the rounding of one output
+    limits = [bound, *[5 * bound] * 4]
+    return [Accuracy(f"{label}: {n}", e, limit) for n, e, limit in zip(names, errors, limits, strict=True)]
+
+
+def error(got: Any, reference: Any) -> float:
+    """`||got - reference|| / ||reference||`."""
+    reference = reference.to(got.device)
+    return float((got.double() - reference).norm() / reference.norm())
