@@ -4,6 +4,8 @@ Of a `UNet2DModel`, every `ResnetBlock2D` with SiLU (both its norms, and the tim
 norm with its SiLU are swapped. An attention's norm has no SiLU behind it and stays.
 """
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from hsivi_cli.kernels.choice import Kernels
+from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.kernels.group_norm_silu import group_norm_silu
 
 if TYPE_CHECKING:
@@ -73,12 +75,43 @@ def fusible(block: nn.Module) -> bool:
     )
 
 
+SIDES: tuple[Kernels, Kernels] = ("triton", "torch")
+
+
+@functools.cache
+def agrees(device: torch.device) -> bool:
+    """Whether the kernel on this device gives torch's numbers, forward and backward; a warning says so where not.
+
+    A compiler or GPU that nobody has tried costs a moment then, not pictures or a run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 24, 7, 5), (24,), (24,)))
+    try:
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            found = []
+            for kernels in SIDES:
+                inputs = [t.to(device, dtype).requires_grad_() for t in (x, weight, bias)]
+                out = group_norm_silu(inputs[0], inputs[1], inputs[2], 6, kernels=kernels)
+                found.append(torch.cat([t.float().flatten() for t in (out, *torch.autograd.grad(out.sum(), inputs))]))
+            error = float((found[0] - found[1]).norm() / found[1].norm())
+            if not error < bound:
+                raise RuntimeError(f"off by {error:.1g} in {dtype}")
+    except Exception as err:  # whatever a compiler throws
+        warnings.warn(f"fused kernels are left out: on {device} they fail their check ({err})", stacklevel=2)
+        return False
+    return True
+
+
 def fuse(unet: "UNet2DModel", kernels: Kernels = "auto") -> int:
     """Swap fused modules in, in place; returns how many norms are fused now. `unfuse` undoes it.
 
     `kernels` is decided anew in each call: `auto` and `triton` run Triton where the activation lies on a GPU that it
-    can use; elsewhere, and with `torch`, the modules compute what they did before.
+    can use, `auto` once they have agreed with torch there; elsewhere, and with `torch`, the modules compute what they
+    did before.
     """
+    like = next(unet.parameters())
+    if kernels == "auto" and triton_can_run(like) and not agrees(like.device):
+        kernels = "torch"
     fused = 0
     for module in unet.modules():
         if isinstance(module, FusedResnetBlock2D) or fusible(module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from hsivi_cli.kernels import group_norm_silu
+from hsivi_cli.kernels import convert, group_norm_silu
 from hsivi_cli.kernels.convert import fused
 
 TINY = {
@@ -44,3 +44,18 @@ def test_a_unet_with_kernels(conditioning, channels_last, monkeypatch):
     assert len(calls) == sum("norm" in name and name.endswith("weight") for name, _ in unet.named_parameters())
     for got, want in zip(after, before, strict=True):
         assert (got - want).norm() < 1e-5 * want.norm() + 1e-7 * scale
+
+
+def test_auto_uses_a_kernel_that_agrees_and_declines_one_that_does_not(monkeypatch):
+    cpu = torch.device("cpu")
+    convert.agrees.cache_clear()
+    assert convert.agrees(cpu)
+    convert.agrees.cache_clear()
+    real = group_norm_silu.GroupNormSiLU.apply
+    monkeypatch.setattr(group_norm_silu.GroupNormSiLU, "apply", lambda *a: 1.001 * real(*a))
+    with pytest.warns(UserWarning, match="left out: on cpu they fail their check"):
+        assert not convert.agrees(cpu)
+    unet = UNet2DModel(**TINY).eval()
+    convert.fuse(unet, "auto")
+    assert unet.conv_norm_out.kernels == "torch"
+    convert.agrees.cache_clear()
