@@ -56,7 +56,7 @@ def options_from(
 def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) -> None:
     """Train, measure on rows held out, write the latents and the map, and say what they are worth."""
     from hsivi_cli.evaluation.posterior_plot import check_plot_path
-    from hsivi_cli.methods.latent_fit import in_order, latents_of, prepare, read_latent, train
+    from hsivi_cli.methods.latent_fit import in_order, latents_of, of_method, prepare, read_latent, train
     from hsivi_cli.methods.latent_report import report_on_fit
     from hsivi_cli.methods.latent_store import digest_of, save_latent, settings_of
     from hsivi_cli.methods.posterior_store import check_save, fit_directory
@@ -104,7 +104,7 @@ def fit_latent(source: str | None, settings: "LatentOptions", wanted: Wanted) ->
         _plot(wanted.plot, latents, prepared, settings, fits[0].model)
     stream = None
     if destination is not None and latents is not None:
-        asked = latents if wanted.draws else replace(latents, draws=None)
+        asked = of_method(latents if wanted.draws else replace(latents, draws=None), settings.method)
         stream = write_latents(destination, asked, rows.other)
     also = {"out": wanted.out, "save": str(wanted.save) if wanted.save else None}
     _show(reports, stream, tree | also, wanted.as_json)

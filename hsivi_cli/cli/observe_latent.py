@@ -46,7 +46,7 @@ def sample_latent(
 
 
 def _latents(path: Path, observe: str, n: int, seed: int, out: str | None, force: bool, as_json: bool) -> None:
-    from hsivi_cli.methods.latent_fit import latent_frame, latents_of
+    from hsivi_cli.methods.latent_fit import latent_frame, latents_of, of_method
     from hsivi_cli.methods.latent_store import open_latent, read_new_rows
 
     destination = open_table(out, force) if out else None
@@ -56,13 +56,15 @@ def _latents(path: Path, observe: str, n: int, seed: int, out: str | None, force
             rows, x = read_new_rows(opened, observe, bar.to)
         _tell_gaps(opened, x)
         far = _far(opened, x)
-        if far:
+        if far is not None and bool(far.any()):
+            row, column = (int(place) for place in far.nonzero()[0])
             console.warn(
-                f"{far} of {len(x)} rows have a number far beyond those the fit has seen in its column: the encoder "
-                "extrapolates there"
+                f"{int(far.any(1).sum())} of {len(x)} rows have a number far beyond those the fit has seen in its "
+                f'column (the first: row {row + 1}, "{opened.columns[column]}" is {float(x[row, column]):g}): the '
+                "encoder extrapolates there"
             )
         with console.progress("latents", len(x), lines=True) as bar:
-            found = latents_of(opened.posterior, opened.model, x, seed, n, bar.to)
+            found = of_method(latents_of(opened.posterior, opened.model, x, seed, n, bar.to), opened.name)
     stream = write_latents(destination, found, rows.other) if destination is not None else None
     verdict = opened.report["verdict"]
     line = f"the fit said: {verdict['level']}: {'; '.join(verdict['reasons'])}"
@@ -136,12 +138,13 @@ def _tell_gaps(opened: "OpenedLatent", x: Any) -> None:
         console.warn(f"{empty} of {len(x)} rows have no number at all: their latents are the prior's")
 
 
-def _far(opened: "OpenedLatent", x: Any) -> int:
+def _far(opened: "OpenedLatent", x: Any) -> Any:
+    """Which numbers (n, D) lie far out; None where none can."""
     if opened.seen is None:
-        return 0
+        return None
     low, high = opened.seen
     margin = FAR * (high - low)
-    return int(((x < low - margin) | (x > high + margin)).any(1).sum())
+    return (x < low - margin) | (x > high + margin)
 
 
 def _cell(value: Any) -> str:

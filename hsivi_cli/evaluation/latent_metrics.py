@@ -187,12 +187,6 @@ def kmeans_clusters(latents: Float[Tensor, "n d"], clusters: int = 20, starts: i
     return torch.from_numpy(found).long()
 
 
-def nearest_head(latents: Float[Tensor, "n d"], heads: Float[Tensor, "K d"]) -> Int[Tensor, " n"]:
-    """Labels by the nearest head of a cluster prior."""
-    heads = heads.detach().double()
-    return torch.cat([torch.cdist(part.double(), heads).argmin(1) for part in latents.split(DRAWS_AT_ONCE)])
-
-
 @dataclass(frozen=True)
 class Gaps:
     """Rows (n,) in nats: `log p - elbo = approximation + amortisation`, the inference gap.

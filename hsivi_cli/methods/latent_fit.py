@@ -19,6 +19,7 @@ from hsivi_cli.io.rows import Rows, binarise, clean, read_rows
 from hsivi_cli.io.run_directory import CHECKPOINT
 from hsivi_cli.methods.ddvi_classes import assign
 from hsivi_cli.methods.latent_registry import (
+    MANY_MODES,
     METHODS,
     LatentOptions,
     check_latent,
@@ -293,6 +294,11 @@ def typical_draw(z: Float[Tensor, "k n d"]) -> Float[Tensor, "n d"]:
     return rows[torch.arange(len(rows), device=z.device), best]
 
 
+def of_method(latents: Latents, method: str) -> Latents:
+    """Without typical draws where posteriors have one mode: their means say the same."""
+    return latents if method in MANY_MODES else replace(latents, typical=None)
+
+
 def in_order(latents: Latents, order: Int[np.ndarray, " N"]) -> Latents:
     """Latents in the order of the source."""
     places = torch.from_numpy(np.argsort(order))
@@ -303,7 +309,10 @@ def in_order(latents: Latents, order: Int[np.ndarray, " N"]) -> Latents:
 
 
 def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas.DataFrame":
-    """One row an observation: what stood beside the numbers, then z1.., z1.sd.., cluster, uncertainty, z1.draw1..."""
+    """One row an observation: what stood beside the numbers, then z1.., z1.sd.., z1.typical.., cluster, uncertainty,
+
+    z1.draw1...
+    """
     import pandas
 
     columns: dict[str, Any] = {"row": np.arange(1, len(latents.mean) + 1)}
@@ -312,6 +321,8 @@ def latent_frame(latents: Latents, beside: "pandas.DataFrame | None") -> "pandas
     names = [f"z{j + 1}" for j in range(latents.mean.shape[1])]
     for suffix, values in (("", latents.mean), (".sd", latents.sd)):
         columns |= {name + suffix: values[:, j].float().numpy() for j, name in enumerate(names)}
+    if latents.typical is not None:
+        columns |= {f"{name}.typical": latents.typical[:, j].float().numpy() for j, name in enumerate(names)}
     if latents.cluster is not None:
         columns["cluster"] = latents.cluster.numpy() + 1
     if latents.uncertainty is not None:

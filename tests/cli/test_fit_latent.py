@@ -158,6 +158,7 @@ def test_new_rows_get_the_latents_that_the_fit_gave_them(table, fit, tmp_path, c
     assert sample(fit, "--observe", tmp_path / "far.csv", "--json") == 0
     out, err = capsys.readouterr()
     assert "1 of 50 rows have a number far beyond" in err
+    assert 'the first: row 4, "a" is 10000' in err
     # the columns were found by name, in another order
     np.testing.assert_allclose(np.array(json.loads(out)["mean"])[:3], frame[["z1", "z2"]].to_numpy()[:3], atol=0.6)
 

@@ -13,7 +13,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.io.rows import Rows
 from hsivi_cli.methods import latent_fit, latent_report
-from hsivi_cli.methods.latent_fit import Latents, in_order, latent_frame, latents_of, prepare, train
+from hsivi_cli.methods.latent_fit import Latents, in_order, latent_frame, latents_of, of_method, prepare, train
 from hsivi_cli.methods.latent_registry import (
     METHODS,
     NAMES,
@@ -350,6 +350,14 @@ def test_log_p_behind_the_approximation_gap_knows_modes_that_the_gaussian_does_n
     z = mean + scale * torch.randn(20_000, 64, 1, generator=torch.Generator().manual_seed(1))
     elbo = (model.log_joint(x, z) - gaussian_log_prob(z, mean, scale)).detach().mean()
     assert abs(float(found.mean() - elbo) - math.log(2)) < 0.03
+
+
+def test_typical_draws_stand_in_the_table_of_posteriors_with_modes_alone():
+    z = torch.zeros(3, 2)
+    latents = Latents(z, z, None, None, None, z + 1)
+    assert list(latent_frame(of_method(latents, "vae"), None).columns) == ["row", "z1", "z2", "z1.sd", "z2.sd"]
+    frame = latent_frame(of_method(latents, "ddvi"), None)
+    assert frame["z2.typical"].tolist() == [1.0] * 3
 
 
 def test_a_row_without_a_number_has_the_priors_latents(tmp_path):
