@@ -187,6 +187,7 @@ def _draw_trace(panel: "Axes", trace: Trace) -> None:
 
 
 def draw_marginal(panel: "Axes", name: str, column: np.ndarray, truth: np.ndarray | None) -> None:
+    """One parameter's marginal density, with its median."""
     x = column[np.isfinite(column)]
     tidy(panel)
     panel.set_yticks([])
@@ -244,6 +245,7 @@ def _draw_pairs(area: Any, names: list[str], values: np.ndarray) -> None:
 
 
 def draw_ranks(panel: "Axes", result: SbcResult, j: int, band: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """One parameter's ranks of the truth as a difference of shares, with the simultaneous band."""
     points, lower, upper = band
     below = np.bincount(result.ranks[:, j], minlength=result.draws + 1).cumsum()[:-1] / result.replications
     fails = result.p_values[j] < FALSE_ALARM
@@ -275,6 +277,7 @@ def _draw_coverage(panel: "Axes", result: SbcResult) -> None:
 
 
 def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that size in inches, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -284,6 +287,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def tidy(panel: "Axes") -> None:
+    """A panel with few spines and small, quiet ticks."""
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -293,6 +297,7 @@ def tidy(panel: "Axes") -> None:
 
 
 def heading(area: Any, text: str) -> None:
+    """A heading over a subfigure."""
     area.suptitle(text, fontsize=9.5, color=INK, x=0.004, ha="left", fontweight="bold")
 
 
@@ -309,6 +314,7 @@ def _number(value: float, range_: float) -> str:
 
 
 def save_figure(figure: "Figure", path: Path, title: str) -> None:
+    """Write the figure in one step, with its title."""
     check_plot_path(path, force=True)
     if title:
         letters = int(figure.get_figwidth() / 0.088)  # of the title's size, on average
