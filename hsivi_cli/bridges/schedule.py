@@ -14,6 +14,7 @@ from hsivi_cli.errors import InputError
 
 MAX_COSINE_BETA = 0.999
 MAX_TIMESTEPS = 1_000_000
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # diffusers' schedulers that are defined by the betas of a variance-preserving process alone; flow matching, EDM and
 # variance-exploding ones are not, and would give wrong images without an error
 VP_SCHEDULERS = (
@@ -47,6 +48,11 @@ class NoiseSchedule:
         return len(self.abar)
 
     @property
+    def prediction_type(self) -> str:
+        """What a network trained on it predicts: epsilon, v_prediction or sample (x_0)."""
+        return self.config.get("prediction_type", "epsilon")
+
+    @property
     def noise_scale(self) -> Float[Tensor, " T"]:
         """`s_t = sqrt(1 - abar_t)`, the standard deviation of the noise at time t."""
         return (1 - self.abar).sqrt()
@@ -61,8 +67,9 @@ def schedule_from_config(config: Mapping[str, Any], where: str = "scheduler conf
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     trained = config.get("trained_betas")
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise InputError(f"{where}: prediction_type {config['prediction_type']!r} is not supported, only 'epsilon'")
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts not in PREDICTION_TYPES:
+        raise InputError(f"{where}: prediction_type {predicts!r} is not supported, only {', '.join(PREDICTION_TYPES)}")
     kind_of = config.get("_class_name", "DDPMScheduler")
     if kind_of not in VP_SCHEDULERS:
         raise InputError(f"{where}: {kind_of} is not known to be variance preserving: use a DDPMScheduler config")
@@ -92,7 +99,7 @@ def schedule_from_config(config: Mapping[str, Any], where: str = "scheduler conf
         raise InputError(f"{where}: beta_schedule {kind!r} is not supported, only {known} or trained_betas")
     if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
         raise InputError(f"{where}: the betas must be a list of numbers strictly between 0 and 1")
-    fields: dict[str, Any] = {"num_train_timesteps": len(betas), "prediction_type": "epsilon", "beta_schedule": kind}
+    fields: dict[str, Any] = {"num_train_timesteps": len(betas), "prediction_type": predicts, "beta_schedule": kind}
     fields |= {"beta_start": start, "beta_end": end}
     if trained is not None:
         fields["trained_betas"] = [float(beta) for beta in betas]

@@ -38,7 +38,10 @@ class NoiseStreams:
     """
 
     def __init__(self, seed: int, indices: Iterable[int]) -> None:
-        self._streams = [np.random.Generator(np.random.Philox(key=np.array([seed, j], np.uint64))) for j in indices]
+        self.indices = list(indices)
+        self._streams = [
+            np.random.Generator(np.random.Philox(key=np.array([seed, j], np.uint64))) for j in self.indices
+        ]
 
     def __len__(self) -> int:
         """How many samples."""
@@ -62,7 +65,8 @@ class PhiloxStreams:
     def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> None:
         from hsivi_cli.kernels.philox import make_streams  # with it comes Triton, which most commands never need
 
-        self.streams = make_streams(seed, indices, device)
+        self.indices = list(indices)
+        self.streams = make_streams(seed, self.indices, device)
         self._drawn = 0
 
     def __len__(self) -> int:

@@ -94,7 +94,7 @@ def sample(state: DDPMState, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
     """A preview from the averaged network: DDIM (eta = 0) on a quadratic grid of 20 layers."""
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.methods.student import walk_chain
-    from hsivi_cli.targets.score_net import image_shape
+    from hsivi_cli.targets.network_files import image_shape
     from hsivi_cli.transitions.gaussian_layer import layer_coefficients
 
     layers = layer_coefficients(make_grid("quad", PREVIEW_NFE, state.schedule), 0.0, state.schedule)

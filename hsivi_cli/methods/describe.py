@@ -11,7 +11,7 @@ from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
 from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS, REPORT, is_posterior_fit
 from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
-from hsivi_cli.targets.score_net import load_score_net
+from hsivi_cli.targets.score_net import SCHEDULER_PLACES, load_score_net
 
 KINDS = "a score network, a student, a run, a posterior fit, a .safetensors file or an .npz of statistics"
 METADATA = 400  # characters of a metadata field that are still worth showing
@@ -30,7 +30,7 @@ def describe(path: Path) -> dict[str, Any]:
         return describe_student(path)
     if is_posterior_fit(path):
         return describe_fit(path)
-    if (path / "scheduler" / "scheduler_config.json").is_file():
+    if any((path / place).is_file() for place in SCHEDULER_PLACES):
         facts = {"kind": "teacher", "path": str(path)} | _teacher(path)
         # trained by hsivi, it lies in its own run directory
         return facts | (_training(path) if _is_run(path) else {})

@@ -17,7 +17,7 @@ gives a fresh, exactly on-policy layer output without another student forward.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from hsivi_cli.engine.seeds import NoiseStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, chain_states, sample_student
+from hsivi_cli.networks.noise_prediction import predict_eps
 from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
 from hsivi_cli.targets.score_net import ScoreNet
 from hsivi_cli.transitions.gaussian_layer import (
@@ -39,9 +40,6 @@ from hsivi_cli.transitions.gaussian_layer import (
     layer_mean,
     layer_std,
 )
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 Objective = Literal["sm", "diffused-fisher", "diffused-kl"]
 LogGammaShape = Literal["map", "layer", "scalar"]
@@ -84,11 +82,11 @@ class DistillState:
     """Student (network and log_gamma), critic, frozen teacher, moving averages and optimisers."""
 
     step: int
-    student: "UNet2DModel"
+    student: nn.Module
     log_gamma: nn.Parameter
-    critic: "UNet2DModel"
+    critic: nn.Module
     teacher: ScoreNet
-    ema_student: "UNet2DModel"
+    ema_student: nn.Module
     ema_log_gamma: Tensor
     student_optimiser: torch.optim.Optimizer
     critic_optimiser: torch.optim.Optimizer
@@ -98,11 +96,15 @@ class DistillState:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Layer inputs of a rollout: `x` = x_k, `eps` = phi(x_k, t_k) without gradient, `k` the layer."""
+    """Layer inputs of a rollout: `x` = x_k, `eps` = phi(x_k, t_k) without gradient, `k` the layer.
+
+    `labels` are the classes of the chains, where the networks are conditioned on classes.
+    """
 
     x: Float[Tensor, "m c h w"]
     eps: Float[Tensor, "m c h w"]
     k: Int[Tensor, " m"]
+    labels: Int[Tensor, " m"] | None = None
 
 
 def check_donor(teacher: ScoreNet, donor: Student) -> None:
@@ -169,15 +171,21 @@ def roll_out(state: DistillState, generator: torch.Generator) -> Rollout:
     config, shape = state.config, state.teacher.shape
     chains = config.chains if config.rollout_cache else config.batch
 
+    labels = None
+    if state.teacher.classes:
+        labels = torch.randint(0, state.teacher.classes, (chains,), generator=generator).to(config.device)
+
     def draw() -> Tensor:
         return torch.randn((chains, *shape), generator=generator).to(config.device)
 
-    x, eps, k = chain_states(lambda x, t: _eps(state, state.student, x, t), state.log_gamma, state.layers, draw)
+    x, eps, k = chain_states(lambda x, t: _eps(state, state.student, x, t, labels), state.log_gamma, state.layers, draw)
+    labels = None if labels is None else labels.repeat(state.layers.nfe)
     if not config.rollout_cache:
         layer = torch.randint(0, state.layers.nfe, (chains,), generator=generator)
         rows = layer * chains + torch.arange(chains)
         x, eps, k = x[rows.to(x.device)], eps[rows.to(x.device)], k[rows]
-    return Rollout(x, eps, k)
+        labels = None if labels is None else labels[rows.to(x.device)]
+    return Rollout(x, eps, k, labels)
 
 
 def critic_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
@@ -187,7 +195,8 @@ def critic_step(state: DistillState, rollout: Rollout, generator: torch.Generato
     with torch.no_grad():
         mean = layer_mean(rollout.x[rows], rollout.eps[rows], k, state.layers)
         at = _compare(state, mean, k, t, zeta)
-    loss = critic_loss(_eps(state, state.critic, at.y, at.t), at.target, at.noise_scale)
+    labels = None if rollout.labels is None else rollout.labels[rows]
+    loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at.target, at.noise_scale)
     rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
     norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
     return {"critic_loss": loss.item(), "critic_grad_norm": norm}
@@ -197,13 +206,13 @@ def student_step(state: DistillState, rollout: Rollout, generator: torch.Generat
     """Move the student along the objective's gradient; critic and teacher are left as they are."""
     config = state.config
     rows, k, zeta, t = _draw_comparison(state, rollout, generator)
-    x = rollout.x[rows]
-    eps = _eps(state, state.student, x, state.layers.times[k].to(config.device))
+    x, labels = rollout.x[rows], None if rollout.labels is None else rollout.labels[rows]
+    eps = _eps(state, state.student, x, state.layers.times[k], labels)
     at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
     state.critic.requires_grad_(False)
     with torch.set_grad_enabled(config.objective != "diffused-kl"):
-        critic_eps = _eps(state, state.critic, at.y, at.t)
-        teacher_eps = _eps(state, state.teacher.unet, at.y, at.t)
+        critic_eps = _eps(state, state.critic, at.y, at.t, labels)
+        teacher_eps = _eps(state, state.teacher.unet, at.y, at.t, labels)
         fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
     state.critic.requires_grad_(True)
     loss = fisher
@@ -245,9 +254,9 @@ def _compare(state: DistillState, mean: Tensor, k: Tensor, t: Tensor, zeta: Tens
     return compare_at(mean, std, k, t, zeta, state.layers, state.teacher.schedule)
 
 
-def _eps(state: DistillState, network: "UNet2DModel", x: Tensor, t: Tensor) -> Tensor:
+def _eps(state: DistillState, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
     with autocast(state.config.precision, state.config.device):
-        return network(x, t.to(x.device)).sample.float()
+        return predict_eps(network, x, t, state.teacher.schedule, labels)
 
 
 def averaged_student(state: DistillState, description: dict[str, Any] | None = None) -> Student:

@@ -1,5 +1,6 @@
 """Images from a student or from a solver on its teacher, behind one small object, so that both are measured alike."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
-from hsivi_cli.targets.score_net import ScoreNet, load_score_net
+from hsivi_cli.networks.noise_prediction import sample_labels
+from hsivi_cli.targets.score_net import SCHEDULER_PLACES, NetworkOptions, ScoreNet, load_score_net
 from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, resolve_order, solve, solver_times
 
 DEFAULT_NFE = 10
@@ -49,26 +51,28 @@ def open_sampler(
     clip: bool = False,
     precision: Precision = "fp32",
     kernels: Kernels = "torch",
+    options: NetworkOptions | None = None,
+    label: int | None = None,
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
     Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and
-    `spacing`, `order` and `clip` are as in `solver_sampler`. Raises InputError, naming the command to type instead,
-    for anything else.
+    `spacing`, `order` and `clip` are as in `solver_sampler`. `options` say what the network's files do not, `label` is
+    the class to draw. Raises InputError, naming the command to type instead, for anything else.
     """
-    if path is not None and not path.is_dir():
+    options = options or NetworkOptions()
+    if path is not None and not path.is_dir() and solver is None:
         what = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
-    is_teacher = path is not None and (path / "scheduler" / "scheduler_config.json").is_file()
+    is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)
     if solver is not None:
         if path is not None and not is_teacher and find_students(path):
             raise InputError(
                 f"{path} holds students, --solver samples their teacher: name its directory, or drop --solver"
             )
-        score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device)
-        return solver_sampler(
-            score_net, solver, DEFAULT_NFE if nfe is None else nfe, spacing, order, clip, precision, kernels
-        )
+        score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device, options)
+        steps = DEFAULT_NFE if nfe is None else nfe
+        return solver_sampler(score_net, solver, steps, spacing, order, clip, precision, kernels, label)
     for flag, given in (("--spacing", spacing is not None), ("--order", order is not None), ("--clip", clip)):
         if given:
             raise InputError(f"{flag} belongs to a solver: pass --solver too")
@@ -78,7 +82,19 @@ def open_sampler(
         )
     if path is None and nfe is None:
         nfe = DEFAULT_NFE
-    return student_sampler(load_student(select_student(path, nfe), device), precision, kernels)
+    for flag, said in (("--shape", options.shape), ("--schedule", options.schedule)):
+        if said:
+            raise InputError(f"{flag} is for a teacher: a student knows its own, leave it out")
+    student = load_student(select_student(path, nfe), device, options.network)
+    check_label(label, student.classes)
+    return student_sampler(dataclasses.replace(student, label=label), precision, kernels)
+
+
+def check_label(label: int | None, classes: int) -> None:
+    """Raise InputError unless `label` is one of the network's classes, or None."""
+    if label is not None and not label < classes:
+        known = f"has classes 0 to {classes - 1}" if classes else "is not conditioned on classes: leave it out"
+        raise InputError(f"--class {label}: the network {known}")
 
 
 def student_sampler(student: Student, precision: Precision = "fp32", kernels: Kernels = "torch") -> Sampler:
@@ -92,7 +108,7 @@ def student_sampler(student: Student, precision: Precision = "fp32", kernels: Ke
         "eta": student.eta,
         "precision": precision,
         "quantisation": QUANTISATION,
-    }
+    } | _labelled(student.classes, student.label)
     name = f"HSIVI student, NFE {student.nfe}"
     run = lambda noise: sample_student(student, noise, precision, kernels)  # noqa: E731
     return Sampler(name, student.nfe, student.shape, run, description)
@@ -107,6 +123,7 @@ def solver_sampler(
     clip: bool = False,
     precision: Precision = "fp32",
     kernels: Kernels = "torch",
+    label: int | None = None,
 ) -> Sampler:
     """A diffusers solver on a score network; spacing and order default to the best on the shipped teacher.
 
@@ -128,14 +145,17 @@ def solver_sampler(
         "times": list(times) if nfe <= 50 else None,
         "precision": precision,
         "quantisation": QUANTISATION,
-    }
+    } | _labelled(score_net.classes, label)
+    check_label(label, score_net.classes)
     device = next(score_net.unet.parameters()).device
 
-    def eps(x: Tensor, t: Tensor | int) -> Tensor:
-        with autocast(precision, device):
-            return score_net.eps(x, t).float()
-
     def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+        labels = sample_labels(score_net.classes, noise.indices, label, device)
+
+        def eps(x: Tensor, t: Tensor) -> Tensor:
+            with autocast(precision, device):
+                return score_net.eps(x, t, labels)
+
         draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
         if not use_triton(kernels, next(score_net.unet.parameters())):
             return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
@@ -146,6 +166,11 @@ def solver_sampler(
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])
     return Sampler(f"{solver} ({', '.join(recipe)}), NFE {nfe}", nfe, score_net.shape, run, description)
+
+
+def _labelled(classes: int, label: int | None) -> dict[str, Any]:
+    """What a description says of the classes drawn."""
+    return {"class": f"j mod {classes}" if label is None else label} if classes else {}
 
 
 def draw_images(

@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 import hsivi_cli
 from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
@@ -25,11 +25,9 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
 from hsivi_cli.kernels.choice import Kernels, use_triton
-from hsivi_cli.targets.score_net import WEIGHTS, image_shape, load_unet
+from hsivi_cli.networks.noise_prediction import class_count, predict_eps, sample_labels
+from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network, save_network
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 FORMAT = 1
 DESCRIPTION = "hsivi.json"
@@ -51,10 +49,11 @@ TEACHER_FID_FIELDS: dict[str, type | tuple[type, ...]] = {
 class Student:
     """A few-step sampler: `unet` predicts the noise in each layer, `log_gamma` scales the layer's own noise.
 
-    `log_gamma` is a scalar, a map `(C, H, W)` or a map a layer `(K, C, H, W)`. `description` is `hsivi.json`.
+    `log_gamma` is a scalar, a map `(C, H, W)` or a map a layer `(K, C, H, W)`. `description` is `hsivi.json`. A
+    class-conditional student draws the class `label`; None: sample j is of class `j mod classes`.
     """
 
-    unet: "UNet2DModel"
+    unet: nn.Module
     log_gamma: Float[Tensor, "..."]
     grid: tuple[int, ...]
     eta: float
@@ -62,6 +61,12 @@ class Student:
     description: dict[str, Any]
     path: Path | None = None
     sha256: str = ""
+    label: int | None = None
+
+    @property
+    def classes(self) -> int:
+        """How many classes the network is conditioned on; 0: none."""
+        return class_count(self.unet)
 
     @property
     def nfe(self) -> int:
@@ -91,9 +96,11 @@ def sample_student(
     first = next(student.unet.parameters())
     device = first.device
 
+    labels = sample_labels(student.classes, noise.indices, student.label, device)
+
     def eps(x: Tensor, t: Tensor) -> Tensor:
         with autocast(precision, device):
-            return student.unet(x, t.to(device)).sample.float()
+            return predict_eps(student.unet, x, t, student.schedule, labels)
 
     log_gamma = student.log_gamma.to(device)
     if not use_triton(kernels, first):
@@ -156,15 +163,18 @@ def save_student(student: Student, path: Path) -> None:
     from safetensors.torch import save_file
 
     with atomic_directory(path, overwrite=True) as directory:
-        student.unet.save_pretrained(directory / "unet", safe_serialization=True)
+        save_network(student.unet, directory / "unet")
         save_file({"log_gamma": student.log_gamma.detach().cpu().contiguous()}, directory / LOG_GAMMA)
         fields = {"format": FORMAT, "nfe": student.nfe, "grid": list(student.grid), "eta": student.eta}
         fields |= {"schedule": student.schedule.config, "hsivi_version": hsivi_cli.__version__}
         write_json(directory / DESCRIPTION, fields | student.description)
 
 
-def load_student(path: Path, device: str = "cpu") -> Student:
-    """Load a student directory; raises InputError naming the file at fault."""
+def load_student(path: Path, device: str = "cpu", network: str | None = None) -> Student:
+    """Load a student directory; raises InputError naming the file at fault.
+
+    `network` is the `FILE:FUNCTION` of a user's own network, which is run.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -179,7 +189,7 @@ def load_student(path: Path, device: str = "cpu") -> Student:
             raise InputError(f"{path / DESCRIPTION}: eta {eta} is not between 0 and 1")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise InputError(f"{path / DESCRIPTION} is not a student's description: {err!r}") from err
-    unet = load_unet(path / "unet").to(device).eval().requires_grad_(False)
+    unet = load_network(path / "unet", network).to(device).eval().requires_grad_(False)
     try:
         log_gamma = load_file(path / LOG_GAMMA)["log_gamma"]
     except (SafetensorError, OSError, KeyError, ValueError) as err:

@@ -1,76 +1,97 @@
-"""A pretrained diffusion score network as a target: a diffusers pipeline directory, checked before it is trusted."""
+"""A pretrained diffusion score network as a target, from whatever form it comes in, checked before it is trusted.
+
+A diffusers directory, nested (`unet/`, `scheduler/`) or flat (the `google/ddpm-*` layout), a hub id, a file of weights
+in a layout we know (targets.checkpoints), or weights of any network beside the Python file that builds it.
+"""
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json
+from hsivi_cli.networks.noise_prediction import class_count, predict_eps
+from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
-
-MAX_SIDE = 4096
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAME_IT = "name a diffusers directory, a hub id, or a file of weights"
+SCHEDULER = "scheduler_config.json"
+SCHEDULER_PLACES = (f"scheduler/{SCHEDULER}", SCHEDULER)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class ScoreNet:
-    """A frozen epsilon-predicting network and the schedule it was trained on.
+    """A frozen network, and the schedule that it was trained on, which knows what it predicts.
 
     The score of the data noised to time t is `-eps(x, t) / s_t`. `sha256` hashes the weights and both configurations.
+    `notes` say what was assumed or converted, in a line each.
     """
 
-    unet: "UNet2DModel"
+    unet: nn.Module
     schedule: NoiseSchedule
     path: Path
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image."""
         return image_shape(self.unet)
 
-    def eps(self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | int) -> Float[Tensor, "n c h w"]:
+    @property
+    def classes(self) -> int:
+        """How many classes it is conditioned on; 0: none."""
+        return class_count(self.unet)
+
+    def eps(
+        self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | int, labels: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n c h w"]:
         """Predicted noise at time `t`."""
-        return self.unet(x, t).sample
+        return predict_eps(self.unet, x, t, self.schedule, labels)
 
 
-def image_shape(unet: "UNet2DModel") -> tuple[int, int, int]:
-    """(channels, height, width) that a UNet was built for."""
-    size = unet.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return unet.config["in_channels"], height, width
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a user says about a network that its files do not: `--network`, `--shape` and the schedule's flags.
 
-
-def load_score_net(path: Path, device: str = "cpu") -> ScoreNet:
-    """Load a frozen score network from a diffusers directory (`unet/` beside `scheduler/`).
-
-    Raises InputError for anything that is not an epsilon-predicting UNet2DModel with finite safetensors weights and a
-    variance-preserving schedule.
+    `schedule` holds fields of a diffusers scheduler config, those given.
     """
-    path = Path(path)
+
+    network: str | None = None
+    shape: tuple[int, int, int] | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+
+
+def load_score_net(path: Path, device: str = "cpu", options: NetworkOptions | None = None) -> ScoreNet:
+    """Load a frozen score network. Raises InputError, in one line, for anything that cannot be one.
+
+    Weights must be finite, and the schedule variance preserving. Only `options.network` ever runs code.
+    """
+    options, path = options or NetworkOptions(), Path(path)
+    if not path.exists():
+        path = _fetch(str(path))
     if path.is_file():
-        raise InputError(f"{path} is a file: name a diffusers directory that holds unet/ and scheduler/")
-    if not path.is_dir():
-        raise InputError(f"{path} does not exist: name a diffusers directory that holds unet/ and scheduler/")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    if not (path / "unet").is_dir() or not scheduler.is_file():
-        hint = "is it an unfinished run of hsivi train, or of hsivi distill?"
-        if (path / "hsivi.json").is_file():
-            hint = "it is a student: name its teacher"
-        raise InputError(f"{path} is no score network: it needs unet/ and scheduler/scheduler_config.json ({hint})")
-    config = read_json(scheduler)
-    schedule = schedule_from_config(config, where=str(scheduler))
-    unet = load_unet(path / "unet").to(device).eval().requires_grad_(False)
-    return ScoreNet(unet, schedule, path, score_net_sha256(path / "unet", schedule))
+        return _from_file(path, device, options)
+    home = path / "unet" if (path / "unet").is_dir() else path
+    if not (home / "config.json").is_file() or (path / "hsivi.json").is_file():
+        raise InputError(f"{path} is no score network: {_hint(path)}")
+    scheduler = next((path / place for place in SCHEDULER_PLACES if (path / place).is_file()), None)
+    if scheduler is None and not options.schedule:
+        missing = f"{path} has no scheduler/{SCHEDULER}: add --schedule linear (or what it was trained with)"
+        raise InputError(missing)
+    config = (read_json(scheduler) if scheduler else {}) | options.schedule
+    schedule = schedule_from_config(config, where=str(scheduler or "--schedule"))
+    if options.shape is not None:
+        raise InputError(f"--shape is for a file of weights: {home / 'config.json'} says the shape, leave it out")
+    unet = load_network(home, options.network).to(device).eval().requires_grad_(False)
+    return ScoreNet(unet, schedule, path, score_net_sha256(home, schedule))
 
 
 def score_net_sha256(unet_directory: Path, schedule: NoiseSchedule) -> str:
@@ -81,71 +102,32 @@ def score_net_sha256(unet_directory: Path, schedule: NoiseSchedule) -> str:
     return digest.hexdigest()
 
 
-def load_unet(directory: Path) -> "UNet2DModel":
-    """Load a UNet2DModel from its directory; nothing is unpickled. Raises InputError naming the file at fault."""
-    config_path, weights_path = directory / "config.json", directory / WEIGHTS
-    config = read_json(config_path)
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise InputError(f"{config_path}: {config['_class_name']} is not supported, only UNet2DModel")
-    _check_pixel_space(config, config_path)
-    tensors = _read_weights(weights_path, directory)
-    with torch.device("meta"):  # without memory: a hostile configuration must not exhaust it
-        _check_keys(_build(config, config_path), tensors, weights_path)
-    unet = _build(config, config_path)
-    unet.load_state_dict(tensors)
-    return unet
+def _from_file(path: Path, device: str, options: NetworkOptions) -> ScoreNet:
+    """A file of weights: of the user's own network, or in a layout that we know."""
+    raise InputError(f"{path} is a file: {NAME_IT}")
 
 
-def _check_pixel_space(config: dict[str, Any], where: Path) -> None:
-    channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
-    if out_channels != channels:
+def _hint(path: Path) -> str:
+    if (path / "hsivi.json").is_file():
+        return "it is a student: name its teacher"
+    return f"it holds no unet/ and no config.json (an unfinished run of hsivi train, or of hsivi distill?): {NAME_IT}"
+
+
+def _fetch(name: str) -> Path:
+    """The local snapshot of a repository on the Hugging Face hub, weights as safetensors only."""
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"{name} does not exist: {NAME_IT}")
+    import os
+
+    from huggingface_hub import snapshot_download
+
+    if not os.environ.get("HF_DEBUG"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as err:  # offline, unknown, gated: the library has a class for each
+        reason = " ".join(str(err).split())[:120]
         raise InputError(
-            f"{where}: {out_channels} output channels for {channels} inputs (learned variance?): not supported"
-        )
-    size = config.get("sample_size")
-    sides = size if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
-        raise InputError(f"{where}: sample_size {size!r} is no image size: set it to the pixels of a side")
-    levels = config.get("block_out_channels")
-    if isinstance(levels, list) and any(side % 2 ** (len(levels) - 1) for side in sides):
-        raise InputError(f"{where}: sample_size {size} cannot be halved as often as block_out_channels asks")
-    if config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise InputError(f"{where}: class-conditional networks are not supported")
-
-
-def _read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        pickled = [file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        if pickled:
-            raise InputError(f"{directory / pickled[0]} is a pickle, which can run code: convert it to {WEIGHTS} first")
-        raise InputError(f"{path} does not exist")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as err:
-        raise InputError(f"{path} is damaged or no safetensors file ({err}): fetch or write it again") from err
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: weight {name} holds NaN or infinity: the checkpoint is broken")
-    return tensors
-
-
-def _build(config: dict[str, Any], where: Path) -> "UNet2DModel":
-    from diffusers import UNet2DModel
-
-    try:
-        unet = UNet2DModel.from_config(config)
-    except Exception as err:  # diffusers raises whatever its layers raise
-        raise InputError(f"{where} does not describe a UNet2DModel ({err})") from err
-    assert isinstance(unet, UNet2DModel)
-    return unet
-
-
-def _check_keys(unet: "UNet2DModel", tensors: dict[str, Tensor], where: Path) -> None:
-    expected = unet.state_dict()
-    wrong = sorted(expected.keys() ^ tensors.keys())
-    wrong = wrong or [name for name, tensor in expected.items() if tensor.shape != tensors[name].shape]
-    if wrong:
-        raise InputError(f"{where} does not fit its config.json: {len(wrong)} weights differ, the first is {wrong[0]}")
+            f"{name} is no directory here, and cannot be fetched from the hub ({type(err).__name__}: {reason}): "
+            f"fetch it where there is a network, by 'hf download {name} --local-dir DIR', and name DIR"
+        ) from err

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,7 @@ def model_maker(path: Path) -> Callable[[Any], Model]:
     It and this raise InputError with one line, and the user's line at fault.
     """
     path = Path(path)
-    module = _run_file(path)
+    module = run_user_file(path, "--model", "model(data)")
     function = getattr(module, "model", None)
     if function is None:
         raise InputError(f"{path.name} defines no model: write {WANTED}")
@@ -53,25 +54,30 @@ def model_maker(path: Path) -> Callable[[Any], Model]:
     return make
 
 
-def _run_file(path: Path) -> ModuleType:
-    """The file as a module; its folder is importable while it runs."""
+def run_user_file(path: Path, flag: str, wanted: str, double: bool = True) -> ModuleType:
+    """The file that `flag` names as a module, for the function `wanted` in it; its folder is importable while it runs.
+
+    `double` makes new tensors float64 and distributions check their arguments, as a model wants.
+
+    Raises InputError with one line, and the user's line at fault.
+    """
     if path.is_dir():
-        raise InputError(f"--model {path} is a folder: name the Python file that defines model(data)")
+        raise InputError(f"{flag} {path} is a folder: name the Python file that defines {wanted}")
     if not path.is_file():
-        raise InputError(f"--model {path} does not exist: name a Python file that defines model(data)")
+        raise InputError(f"{flag} {path} does not exist: name a Python file that defines {wanted}")
     try:
         source = path.read_text(encoding="utf-8-sig")
         code = compile(source, str(path), "exec", dont_inherit=True)
     except SyntaxError as err:
         raise InputError(f"{path.name}, line {err.lineno}: {type(err).__name__}: {err.msg}") from err
     except (OSError, ValueError) as err:  # unreadable, not UTF-8, null bytes
-        raise InputError(f"--model {path} is no Python file ({err})") from err
+        raise InputError(f"{flag} {path} is no Python file ({err})") from err
     module = ModuleType(f"hsivi_user_model_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look a class's module up
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        with user_code(validate=True):
+        with user_code(validate=True) if double else nullcontext():
             exec(code, module.__dict__)
     except InputError as err:
         raise InputError(f"{blamed_line(err, str(path)) or path.name}: {err}") from err

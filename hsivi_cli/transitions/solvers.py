@@ -196,7 +196,8 @@ def build_scheduler(solver: str, spacing: str, schedule: NoiseSchedule, order: i
     recipe = SOLVERS[solver]
     options = recipe.options | ({} if order is None else {"solver_order": order})
     spacing = SPACINGS[0] if spacing == QUAD else spacing
-    return getattr(diffusers, recipe.scheduler)(**schedule.config, timestep_spacing=spacing, **options)
+    fields = schedule.config | {"prediction_type": "epsilon"}  # `predict_eps` has seen to it
+    return getattr(diffusers, recipe.scheduler)(**fields, timestep_spacing=spacing, **options)
 
 
 def _known(solver: str) -> None:

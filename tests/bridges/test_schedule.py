@@ -41,7 +41,7 @@ def test_bad_grids_are_refused(times):
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"prediction_type": "flow"}, "flow"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"rescale_betas_zero_snr": True}, "zero_snr"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps"),

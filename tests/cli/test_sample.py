@@ -79,8 +79,8 @@ def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
 
 
 def test_unsupported_prediction_type(teacher_copy, tmp_path, capsys):
-    teacher = teacher_copy(prediction_type="v_prediction")
-    fails(capsys, 2, "v_prediction", teacher, "--solver", "ddim", "--out", tmp_path / "a.png")
+    teacher = teacher_copy(prediction_type="flow")
+    fails(capsys, 2, "flow", teacher, "--solver", "ddim", "--out", tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def edit(path, **fields):
         (lambda p: edit(p, grid=[0, 5]), "--grid"),
         (lambda p: edit(p, grid="quad"), "hsivi.json"),
         (lambda p: edit(p, eta=None), "description"),
-        (lambda p: edit(p, schedule={"prediction_type": "sample"}), "sample"),
+        (lambda p: edit(p, schedule={"prediction_type": "flow"}), "flow"),
         (lambda p: (p / "log_gamma.safetensors").unlink(), "log_gamma"),
         (lambda p: (p / "log_gamma.safetensors").write_bytes(b"junk"), "log_gamma"),
         (lambda p: (p / "hsivi.json").write_text("no"), "JSON"),

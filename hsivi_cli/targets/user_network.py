@@ -1,0 +1,54 @@
+"""A user's own network: `--network my_net.py:build`, whose `build()` returns a torch module called as `net(x, t)`."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import sha256
+from hsivi_cli.networks.noise_prediction import PlainNetwork
+from hsivi_cli.targets.model_calls import describe
+from hsivi_cli.targets.user_model import run_user_file
+
+TRIAL = 2  # images of the call that a network is tried with
+
+
+def build_user_network(network: str, shape: tuple[int, int, int]) -> PlainNetwork:
+    """Run `FILE:FUNCTION` (the function is `build` where none is named) and check what it returns.
+
+    `shape` is (channels, height, width). Raises InputError in one line for a file or function that is missing or fails,
+    and for a module that does not answer `net(x, t)`, t of shape (n,), with an image a sample.
+    """
+    file, _, name = network.rpartition(":") if not network.endswith(".py") else (network, "", "build")
+    path, name = Path(file), name or "build"
+    function = getattr(run_user_file(path, "--network", f"{name}()", double=False), name, None)
+    if not callable(function):
+        raise InputError(f"--network {network}: {path.name} defines no function {name}: write def {name}(): return net")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            net = function()
+    except (Exception, SystemExit) as err:
+        raise InputError(f"--network {network}: {name}() raised {describe(err, str(path))}") from err
+    if not isinstance(net, nn.Module):
+        raise InputError(f"--network {network}: {name}() returned a {type(net).__name__}, not a torch.nn.Module")
+    return PlainNetwork(net, shape, network, sha256(path))
+
+
+def try_network(network: PlainNetwork, network_name: str) -> None:
+    """One call of `net(x, t)`; raises InputError in one line if it fails or answers with another shape."""
+    channels, height, width = network.shape
+    x, t = torch.zeros(TRIAL, channels, height, width), torch.zeros(TRIAL, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            out = network(x, t)
+    except Exception as err:
+        what = f"x of shape {tuple(x.shape)}, t of shape {tuple(t.shape)}"
+        raise InputError(f"--network {network_name}: net(x, t) with {what} raised {describe(err)}") from err
+    out = getattr(out, "sample", out)
+    fits = isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[1] in (channels, 2 * channels)
+    if not fits or (len(out), *out.shape[2:]) != (TRIAL, height, width):
+        found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise InputError(
+            f"--network {network_name}: net(x, t) gave {found} for x of shape {tuple(x.shape)}: is --shape right?"
+        )
