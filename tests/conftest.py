@@ -85,3 +85,25 @@ def teacher_copy(tiny_teacher: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return copy
+
+
+@pytest.fixture
+def make_teacher(tmp_path: Path) -> Callable[..., Path]:
+    """`make_teacher(scheduler fields, flat, **unet arguments)`: a teacher like the tiny one but for these.
+
+    `flat` lays it out as the `google/ddpm-*` repositories are.
+    """
+    import torch
+    from diffusers import UNet2DModel
+
+    def make(fields: dict[str, object] | None = None, flat: bool = False, **arguments: object) -> Path:
+        path = tmp_path / "made"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            UNet2DModel(**UNET | arguments).save_pretrained(path if flat else path / "unet")
+        folder = path if flat else path / "scheduler"
+        folder.mkdir(exist_ok=True)
+        (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULER | (fields or {})))
+        return path
+
+    return make

@@ -19,7 +19,10 @@ PAPER_CRITIC_STEPS, PAPER_LR, PAPER_LR_CRITIC = 20, 1.6e-5, 8e-5
 
 def distill(
     score_net: Annotated[
-        Path, typer.Option("--score-net", help="Teacher: a diffusers directory with unet/ and scheduler/.")
+        Path,
+        typer.Option(
+            "--score-net", help="Teacher: a diffusers directory, a hub id, or a file of weights (.safetensors, .pt)."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Run directory to write (not needed with --dry-run).")
@@ -71,6 +74,13 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve everything, time one step, print the cost, write nothing.")
     ] = False,
+    network: options.Network = None,
+    shape: options.Shape = None,
+    schedule: options.Schedule = None,
+    beta_start: options.BetaStart = None,
+    beta_end: options.BetaEnd = None,
+    timesteps: options.Timesteps = None,
+    prediction: options.Prediction = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
     ] = False,
@@ -99,7 +109,11 @@ def distill(
     times = grid if grid in ("quad", "uniform") else options.parse_integers("--grid", grid)
     if out is None and not dry_run:
         raise InputError("--out is missing: name a run directory to write, or use --dry-run")
-    teacher = load_score_net(score_net, device)
+    about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
+    with console.guarded_stdout():
+        teacher = load_score_net(score_net, device, about)
+    for note in teacher.notes:
+        console.story(note)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"
     settings: dict[str, Any] = {
         "steps": steps,
@@ -122,7 +136,7 @@ def distill(
     grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
     with_kernels = options.resolve_kernels(kernels, device)
     configs = {k: DistillConfig(grid=grids[k], device=device, kernels=with_kernels, **settings) for k in nfes}
-    donor = load_student(init_from, device) if init_from else None
+    donor = load_student(init_from, device, network) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
@@ -140,7 +154,7 @@ def distill(
         start = init_from
         for k, config in configs.items():
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
-            distillation.distill(teacher, config, out, outputs, start)
+            distillation.distill(teacher, config, out, outputs, start, network)
             start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})

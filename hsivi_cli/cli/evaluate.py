@@ -56,10 +56,18 @@ def evaluate(
     nfe: Annotated[
         int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
     ] = None,
+    label: options.Label = None,
     solver: options.Solver = None,
     spacing: options.Spacing = None,
     order: options.Order = None,
     clip: options.Clip = False,
+    network: options.Network = None,
+    shape: options.Shape = None,
+    schedule: options.Schedule = None,
+    beta_start: options.BetaStart = None,
+    beta_end: options.BetaEnd = None,
+    timesteps: options.Timesteps = None,
+    prediction: options.Prediction = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
     precision: options.SamplingPrecision = "fp32",
@@ -91,6 +99,10 @@ def evaluate(
     device = options.resolve_device(device, threads)
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
     solving["precision"] = options.check_precision(precision)
+    solving |= {
+        "label": label,
+        "options": options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction),
+    }
     source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
     students = _recordable(record, drawn)
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
@@ -138,14 +150,18 @@ def _open_samples(
 
     solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
-    if path is None or (path.is_dir() and (solver or (path / "unet").is_dir() or find_students(path))):
-        sampler = open_sampler(path, nfe, device=device, **solving)
+    if path is None or solver or (path.is_dir() and ((path / "unet").is_dir() or find_students(path))):
+        with console.guarded_stdout():
+            sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
         drawn["quantisation"] = sampler.description["quantisation"]
         if solver is None:
             drawn["teacher_fid"] = read_json(select_student(path, sampler.nfe) / DESCRIPTION).get("teacher_fid")
         return sampler, drawn
-    for name, value in {"solver": solver, "nfe": nfe, **solving}.items():
+    about = solving["options"]
+    given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
+    given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")} | {"class": solving["label"]}
+    for name, value in given.items():
         if value not in (None, False, "fp32"):
             raise InputError(
                 f"--{name} is for models, and {samples} is no model's directory: leave it out, or name one"

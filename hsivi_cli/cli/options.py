@@ -1,9 +1,12 @@
 """Options that several subcommands share, so that they read the same everywhere."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from hsivi_cli.targets.score_net import NetworkOptions
 
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; one independent stream a sample.")]
 BatchSize = Annotated[
@@ -38,6 +41,26 @@ Kernels = Annotated[
     str,
     typer.Option("--kernels", help="auto: fused Triton kernels on a GPU that can run them; triton or torch: insist."),
 ]
+Network = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        help="FILE.py:FUNCTION that builds your own network, called as net(x, t) (the file is run: read it first), or "
+        "a .json that says the architecture of weights in a known layout.",
+    ),
+]
+Shape = Annotated[str | None, typer.Option("--shape", help="C,H,W of an image, for a file of weights.")]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", help="Noise of the teacher where no file says it: linear, scaled_linear or cosine."),
+]
+BetaStart = Annotated[float | None, typer.Option("--beta-start", help="First beta of that schedule (1e-4).")]
+BetaEnd = Annotated[float | None, typer.Option("--beta-end", help="Last beta of that schedule (0.02).")]
+Timesteps = Annotated[int | None, typer.Option("--timesteps", min=2, help="Times of that schedule (1000).")]
+Prediction = Annotated[
+    str | None, typer.Option("--prediction", help="What the teacher predicts: epsilon, v_prediction or sample.")
+]
+Label = Annotated[int | None, typer.Option("--class", min=0, help="Class to draw; default: all of them in turn.")]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 
@@ -72,6 +95,41 @@ def check_precision(value: str) -> Literal["fp32", "bf16"]:
     return "bf16" if check_choice("--precision", value, ("fp32", "bf16")) == "bf16" else "fp32"
 
 
+SCHEDULES = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "cosine": "squaredcos_cap_v2",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+}
+
+
+def network_options(
+    network: str | None,
+    shape: str | None,
+    schedule: str | None,
+    beta_start: float | None,
+    beta_end: float | None,
+    timesteps: int | None,
+    prediction: str | None,
+) -> "NetworkOptions":
+    """What the flags say about a network; raises InputError naming the flag."""
+    from hsivi_cli.bridges.schedule import PREDICTION_TYPES
+    from hsivi_cli.errors import InputError
+    from hsivi_cli.targets.score_net import NetworkOptions
+
+    sides = parse_integers("--shape", shape, distinct=False) if shape else None
+    if sides is not None and (len(sides) != 3 or min(sides) < 1):
+        raise InputError(f"--shape {shape!r}: give channels, height and width, as 3,32,32")
+    fields: dict[str, Any] = {}
+    if schedule is not None:
+        fields["beta_schedule"] = SCHEDULES[check_choice("--schedule", schedule, tuple(SCHEDULES))]
+    given = {"beta_start": beta_start, "beta_end": beta_end, "num_train_timesteps": timesteps}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    if prediction is not None:
+        fields["prediction_type"] = check_choice("--prediction", prediction, PREDICTION_TYPES)
+    return NetworkOptions(network, (sides[0], sides[1], sides[2]) if sides else None, fields)
+
+
 def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
     """Turn `auto` into what runs on this device; raises InputError for `triton` where it cannot."""
     import torch
@@ -82,14 +140,14 @@ def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
     return "triton" if use_triton(choice, torch.empty(0, device=device)) else "torch"
 
 
-def parse_integers(flag: str, value: str) -> list[int]:
-    """Read whole numbers separated by commas; raises InputError naming the flag."""
+def parse_integers(flag: str, value: str, distinct: bool = True) -> list[int]:
+    """Read whole numbers separated by commas, no number twice if `distinct`; raises InputError naming the flag."""
     from hsivi_cli.errors import InputError
 
     try:
         numbers = [int(item) for item in value.split(",")]
     except ValueError as err:
         raise InputError(f"{flag} {value!r}: give whole numbers separated by commas, as 5,10") from err
-    if len(set(numbers)) != len(numbers):
+    if distinct and len(set(numbers)) != len(numbers):
         raise InputError(f"{flag} {value!r} repeats a number")
     return numbers

@@ -44,10 +44,18 @@ def sample(
         str,
         typer.Option("--refine", help="Of --observe with --model: auto corrects the draws, none leaves the encoder's."),
     ] = "auto",
+    label: options.Label = None,
     solver: options.Solver = None,
     spacing: options.Spacing = None,
     order: options.Order = None,
     clip: options.Clip = False,
+    network: options.Network = None,
+    shape: options.Shape = None,
+    schedule: options.Schedule = None,
+    beta_start: options.BetaStart = None,
+    beta_end: options.BetaEnd = None,
+    timesteps: options.Timesteps = None,
+    prediction: options.Prediction = None,
     batch_size: options.BatchSize = 64,
     precision: options.SamplingPrecision = "fp32",
     kernels: options.Kernels = "auto",
@@ -100,7 +108,11 @@ def sample(
     device = options.resolve_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
     in_precision, with_kernels = options.check_precision(precision), options.resolve_kernels(kernels, device)
-    sampler = open_sampler(student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels)
+    about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
+    with console.guarded_stdout():
+        sampler = open_sampler(
+            student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label
+        )
     destination = open_destination(out, sampler.shape[0], force)
     check_capacity(destination, n, sampler.shape)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")

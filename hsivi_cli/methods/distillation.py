@@ -59,16 +59,22 @@ def student_directory(run: Path, nfe: int) -> Path:
 
 
 def distill(
-    teacher: ScoreNet, config: hsivi_sm.DistillConfig, run: Path, outputs: Outputs, start: Path | None
+    teacher: ScoreNet,
+    config: hsivi_sm.DistillConfig,
+    run: Path,
+    outputs: Outputs,
+    start: Path | None,
+    network: str | None = None,
 ) -> Student:
     """Train one student to `config.steps` and save it; goes on from its last checkpoint if there is one.
 
-    `start` names a student directory to start from instead of the teacher's weights.
+    `start` names a student directory to start from instead of the teacher's weights; `network` is the user's
+    `FILE:FUNCTION`, if the teacher is built by one.
     """
     nfe = len(config.grid) - 1
     target, work = student_directory(run, nfe), run / "training" / f"nfe{nfe}"
     work.mkdir(parents=True, exist_ok=True)
-    state = hsivi_sm.init(teacher, config, load_student(start, config.device) if start else None)
+    state = hsivi_sm.init(teacher, config, load_student(start, config.device, network) if start else None)
     if (work / CHECKPOINT).is_file():
         resume(hsivi_sm, state, work)
     else:
@@ -116,7 +122,7 @@ def distill(
         raise InterruptError(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
     curves = (*CURVES, f"fid@{outputs.fid_images}")
     plot_metrics(_diagnosed(read_metrics(work / METRICS)), curves, work / "curves.png")
-    return load_student(target, config.device)
+    return load_student(target, config.device, network)
 
 
 def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
