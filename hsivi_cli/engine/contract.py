@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hsivi_cli.engine.seeds import NoiseStreams
-
 Metrics = dict[str, float]
 
 
@@ -24,8 +22,8 @@ class Method(Protocol):
     def step(self, state: Any, batch: Tensor | None, generator: torch.Generator) -> Metrics:
         """Advance by one step, in place; every random number comes from `generator`."""
 
-    def sample(self, state: Any, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
-        """Draw one sample a noise stream, from the averaged weights."""
+    def sample(self, state: Any, noise: Any) -> Float[Tensor, "n c h w"]:
+        """Draw one sample a noise stream (engine.seeds), from the averaged weights."""
 
     def state_dict(self, state: Any) -> dict[str, Any]:
         """Everything a resumed run needs: tensors and plain JSON."""

@@ -1,8 +1,9 @@
 """Random numbers that depend on names, never on the batch: a step's generator and a sample's noise stream.
 
-Training draws everything of step `i` from a generator seeded by `(seed, stream, i)`, so a resumed run needs no saved
-generator state. Sampling draws sample `j` from its own Philox stream keyed by `(seed, j)`, so images do not change with
-the batch size or the number of processes.
+Training draws what is small (choices of rows and times) from a generator seeded by `(seed, stream, step)`, so a resumed
+run needs no saved generator state. Images, and the noise of training, have a Philox stream a sample or row, so that
+they do not change with the batch size or the number of processes. There are two of those: images draw by
+`PhiloxStreams` on whatever device they are, as kernels can; posteriors draw by numpy's `NoiseStreams` on the CPU.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ class NoiseStreams:
     """Standard normal noise, one independent counter-based stream a sample.
 
     `NoiseStreams(seed, indices)` serves the samples with these indices; call `draw(shape)` once for the starting noise
-    and once a layer. Draws are made on the CPU, so that a seed names the same image on every device.
+    and once a layer. Draws are made on the CPU.
     """
 
     def __init__(self, seed: int, indices: Iterable[int]) -> None:
@@ -56,10 +57,10 @@ class NoiseStreams:
 
 
 class PhiloxStreams:
-    """As `NoiseStreams`, but drawn where the samples are, by counters that a kernel can use itself (kernels.philox).
+    """Standard normal noise of images: one stream a sample, drawn where the samples are (kernels.philox).
 
-    The noise is another one than `NoiseStreams` has for the same seed. Draw number 0 is the starting noise; `streams`
-    and `take()` give a kernel what it needs to make a draw itself.
+    The same integers on every device and in every kernel, so the same noise up to the rounding of log, sin and cos.
+    Draw number 0 is the starting noise; `streams` and `take()` give a kernel what it needs to make a draw itself.
     """
 
     def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> None:
@@ -83,8 +84,9 @@ class PhiloxStreams:
         self._drawn = 0
 
     def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, "n *shape"]:
-        """The next noise of every sample, shape `(n, *shape)`, float32."""
+        """The next noise of every sample, shape `(n, *shape)`, float32; the streams move to `device` and stay there."""
         from hsivi_cli.kernels.philox import normals
 
-        noise = normals(self.streams, self.take(), shape)
-        return noise if device is None else noise.to(device)
+        if device is not None:
+            self.streams = self.streams.to(device)
+        return normals(self.streams, self.take(), shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.transitions.gaussian_layer import per_sample
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def draw_batch(images: UInt8[Tensor, "N c h w"], size: int, generator: torch.Gen
 
 
 @torch.no_grad()
-def sample(state: DDPMState, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+def sample(state: DDPMState, noise: PhiloxStreams) -> Float[Tensor, "n c h w"]:
     """A preview from the averaged network: DDIM (eta = 0) on a quadratic grid of 20 layers."""
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.methods.student import walk_chain

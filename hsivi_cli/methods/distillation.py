@@ -15,7 +15,7 @@ import torch
 
 from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.errors import InterruptError
 from hsivi_cli.io.files import read_json
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
@@ -98,7 +98,7 @@ def distill(
     def preview(step: int) -> dict[str, float]:
         n = max(PREVIEW_IMAGES, outputs.fid_images)
         batches = [range(i, min(i + PREVIEW_IMAGES, n)) for i in range(0, n, PREVIEW_IMAGES)]
-        images = np.concatenate([to_uint8(hsivi_sm.sample(state, NoiseStreams(config.seed, b))) for b in batches])
+        images = np.concatenate([to_uint8(hsivi_sm.sample(state, PhiloxStreams(config.seed, b))) for b in batches])
         outputs.write_grid(images[:PREVIEW_IMAGES], work / f"samples-{step:06d}.png")
         if outputs.fid is None:
             save({})

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, chain_states, sample_student
@@ -265,7 +265,7 @@ def averaged_student(state: DistillState, description: dict[str, Any] | None = N
     return Student(state.ema_student, state.ema_log_gamma, config.grid, config.eta, schedule, description or {})
 
 
-def sample(state: DistillState, noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+def sample(state: DistillState, noise: PhiloxStreams) -> Float[Tensor, "n c h w"]:
     """Draw from the averaged student."""
     with autocast(state.config.precision, state.config.device):
         return sample_student(averaged_student(state), noise).float()

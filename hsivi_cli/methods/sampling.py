@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from hsivi_cli.engine.optimisation import Precision, autocast
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels, use_triton
@@ -37,7 +37,7 @@ class Sampler:
     name: str
     nfe: int
     shape: tuple[int, int, int]
-    run: Callable[[NoiseStreams], Float[Tensor, "n c h w"]]
+    run: Callable[[PhiloxStreams], Float[Tensor, "n c h w"]]
     description: dict[str, Any]
 
 
@@ -149,7 +149,7 @@ def solver_sampler(
     check_label(label, score_net.classes)
     device = next(score_net.unet.parameters()).device
 
-    def run(noise: NoiseStreams) -> Float[Tensor, "n c h w"]:
+    def run(noise: PhiloxStreams) -> Float[Tensor, "n c h w"]:
         labels = sample_labels(score_net.classes, noise.indices, label, device)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def draw_images(
         raise InputError(f"{flag} is too large: choose a number below 2^63")
     for start in range(first, first + n, batch_size):
         indices = range(start, min(start + batch_size, first + n))
-        images = to_uint8(_run(sampler, NoiseStreams(seed, indices), start))
+        images = to_uint8(_run(sampler, PhiloxStreams(seed, indices), start))
         if on_batch is not None:
             on_batch(len(images))
         yield images
@@ -204,7 +204,7 @@ def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
     return levels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _run(sampler: Sampler, noise: NoiseStreams, start: int) -> Float[Tensor, "n c h w"]:
+def _run(sampler: Sampler, noise: PhiloxStreams, start: int) -> Float[Tensor, "n c h w"]:
     with torch.inference_mode():
         images = sampler.run(noise)
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hsivi_cli
 from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_config
 from hsivi_cli.engine.optimisation import Precision, autocast
-from hsivi_cli.engine.seeds import NoiseStreams, PhiloxStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
@@ -86,12 +86,12 @@ class Student:
 
 @torch.no_grad()
 def sample_student(
-    student: Student, noise: NoiseStreams | PhiloxStreams, precision: Precision = "fp32", kernels: Kernels = "torch"
+    student: Student, noise: PhiloxStreams, precision: Precision = "fp32", kernels: Kernels = "torch"
 ) -> Float[Tensor, "n c h w"]:
     """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise.
 
-    Where Triton can run, `kernels` other than "torch" fuses the network's norms for as long as this takes, and with
-    PhiloxStreams the layers too, noise included. The images are the same up to rounding.
+    Where Triton can run, `kernels` other than "torch" fuses the network's norms for as long as this takes, and the
+    layers, noise included. The images are the same up to rounding.
     """
     first = next(student.unet.parameters())
     device = first.device
@@ -108,9 +108,7 @@ def sample_student(
     from hsivi_cli.kernels.convert import fused
 
     with fused(student.unet, kernels):
-        if isinstance(noise, PhiloxStreams):
-            return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
-        return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))
+        return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
 
 
 def walk_fused(
@@ -124,7 +122,7 @@ def walk_fused(
     """As `walk_chain`, each layer in one pass that draws its own noise."""
     from hsivi_cli.kernels.hsivi_step import hsivi_step
 
-    x = noise.draw(shape)
+    x = noise.draw(shape, log_gamma.device)
     for layer in range(layers.nfe, 0, -1):
         eps = student_eps(x, layers.times[layer])
         a, b, c1 = (float(v[layer]) for v in (layers.A, layers.B, layers.c1))

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import atomic_directory, write_json
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
@@ -93,7 +93,7 @@ def train(
         rewind_metrics(directory / METRICS, 0)
 
     def preview(step: int) -> dict[str, float]:
-        drawn = ddpm.sample(state, NoiseStreams(config.seed, range(PREVIEW_IMAGES)))
+        drawn = ddpm.sample(state, PhiloxStreams(config.seed, range(PREVIEW_IMAGES)))
         write_grid(to_uint8(drawn), directory / f"samples-{step:06d}.png")
         publish(state, directory)
         return {}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
@@ -32,7 +32,7 @@ def test_ddim_on_another_prediction_is_diffusers_own(make_teacher, kind):
 
     path = make_teacher({"prediction_type": kind})
     sampler = open_sampler(path, 4, "ddim", "leading")
-    noise = NoiseStreams(0, range(3))
+    noise = PhiloxStreams(0, range(3))
     with torch.no_grad():
         ours = sampler.run(noise)
         scheduler = DDIMScheduler(
@@ -40,7 +40,7 @@ def test_ddim_on_another_prediction_is_diffusers_own(make_teacher, kind):
         )
         scheduler.set_timesteps(4)
         unet = UNet2DModel.from_pretrained(path / "unet").eval()
-        x = NoiseStreams(0, range(3)).draw(sampler.shape)
+        x = PhiloxStreams(0, range(3)).draw(sampler.shape)
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
     torch.testing.assert_close(ours, x, atol=2e-4, rtol=1e-4)
@@ -54,7 +54,7 @@ def test_a_student_predicts_what_its_teacher_does_and_comes_back_from_disk(make_
     save_student(student, tmp_path / "student")
     again = load_student(tmp_path / "student")
     assert again.schedule.prediction_type == kind
-    drawn = [sample_student(s, NoiseStreams(1, range(3))) for s in (student, again)]
+    drawn = [sample_student(s, PhiloxStreams(1, range(3))) for s in (student, again)]
     assert torch.equal(*drawn)
 
 
@@ -81,12 +81,12 @@ def test_classes_are_distilled_and_drawn(make_teacher, tmp_path):
     assert torch.equal(rollout.labels[:chains], rollout.labels[chains:])  # a chain keeps its class
     save_student(hsivi_sm.averaged_student(state, {}), tmp_path / "nfe2")
     mixed = open_sampler(tmp_path / "nfe2")
-    drawn = mixed.run(NoiseStreams(0, range(6)))
+    drawn = mixed.run(PhiloxStreams(0, range(6)))
     for label in range(3):
-        only = open_sampler(tmp_path / "nfe2", label=label).run(NoiseStreams(0, range(6)))
+        only = open_sampler(tmp_path / "nfe2", label=label).run(PhiloxStreams(0, range(6)))
         assert torch.equal(only[label::3], drawn[label::3])
         assert not torch.equal(only, drawn)
-    later = mixed.run(NoiseStreams(0, [5, 4]))
+    later = mixed.run(PhiloxStreams(0, [5, 4]))
     torch.testing.assert_close(later, drawn[[5, 4]], atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="classes 0 to 2"):
         open_sampler(tmp_path / "nfe2", label=3)

@@ -2,7 +2,7 @@
 
 import torch
 
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.training import unet_arguments
 
@@ -79,7 +79,7 @@ def test_flips_mirror_about_half_of_the_images():
 
 def test_preview_is_finite_and_reproducible():
     state = ddpm.init(None, config(schedule={}))
-    draws = [ddpm.sample(state, NoiseStreams(0, range(2))) for _ in range(2)]
+    draws = [ddpm.sample(state, PhiloxStreams(0, range(2))) for _ in range(2)]
     assert draws[0].shape == (2, 1, 4, 4)
     assert torch.equal(*draws)
     assert bool(draws[0].isfinite().all())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
 from hsivi_cli.targets.score_net import load_score_net
@@ -111,8 +111,8 @@ def test_cached_and_fresh_rollouts_give_the_same_layer_inputs(tiny_teacher):
 
 def test_student_at_start_is_ddim_with_eta(tiny_teacher):
     state = make_state(tiny_teacher)
-    drawn = hsivi_sm.sample(state, NoiseStreams(3, range(4)))
-    noise, layers = NoiseStreams(3, range(4)), state.layers
+    drawn = hsivi_sm.sample(state, PhiloxStreams(3, range(4)))
+    noise, layers = PhiloxStreams(3, range(4)), state.layers
     x = noise.draw(state.teacher.shape)
     for k in range(3, 0, -1):
         eps = state.teacher.eps(x, layers.times[k])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.methods.ddpm import DDPMConfig
 from hsivi_cli.methods.hsivi_sm import DistillConfig
 from hsivi_cli.methods.registry import METHODS
@@ -31,7 +31,7 @@ def test_contract(name, tiny_teacher, tmp_path):
     assert state.step == 2
     save_checkpoint(tmp_path / "c", method.state_dict(state))
     method.load_state_dict(twin, load_checkpoint(tmp_path / "c"))
-    draws = [method.sample(s, NoiseStreams(0, range(2))) for s in (state, twin)]
+    draws = [method.sample(s, PhiloxStreams(0, range(2))) for s in (state, twin)]
     assert torch.equal(*draws)
     after = [method.step(s, BATCH, generator(0, Stream.TRAIN, 3)) for s in (state, twin)]
     assert after[0] == after[1]

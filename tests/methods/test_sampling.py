@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.kernels.philox import make_streams, normals
 from hsivi_cli.methods.sampling import Sampler, draw_images, open_sampler, solver_sampler, to_uint8
 from hsivi_cli.targets.score_net import load_score_net
 
@@ -37,6 +38,14 @@ def test_noise_alone_is_exactly_independent_of_the_batch_size():
     sampler = fake_sampler(lambda noise: noise.draw((1, 8, 8)) * 0.3 + noise.draw((1, 8, 8)) * 0.1)
     for batch_size in (1, 3, 5):
         np.testing.assert_array_equal(drawn(sampler, batch_size=batch_size), drawn(sampler))
+
+
+def test_images_are_drawn_by_philox():
+    # the kernels' noise, on every device: known answers of its integers are in tests/kernels/test_philox.py
+    sampler = fake_sampler(lambda noise: torch.stack([noise.draw((1, 8, 8)) for _ in range(2)]).mul(0.2).sum(0))
+    streams = make_streams(2**40, range(5, 8))
+    want = 0.2 * (normals(streams, 0, (1, 8, 8)) + normals(streams, 1, (1, 8, 8)))
+    np.testing.assert_array_equal(drawn(sampler, n=3, seed=2**40, first=5), to_uint8(want))
 
 
 def test_another_seed_gives_other_images(tiny_student):
@@ -81,7 +90,7 @@ def test_failures_while_running_are_one_line():
     with pytest.raises(RunError, match=r"image 0 .*not finite"):
         drawn(fake_sampler(lambda noise: noise.draw((1, 8, 8)) * float("nan")))
 
-    def full(noise: NoiseStreams):
+    def full(noise: PhiloxStreams):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     # the command line has the words for this

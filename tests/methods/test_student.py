@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hsivi_cli.engine.seeds import NoiseStreams
+from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods.student import load_student, record_teacher_fid, sample_student, save_student, select_student
 
@@ -23,7 +23,7 @@ def test_round_trip(tiny_student, tmp_path):
     save_student(student, tmp_path / "again")
     again = load_student(tmp_path / "again")
     assert (again.grid, again.eta, again.nfe) == (student.grid, student.eta, student.nfe)
-    draws = [sample_student(s, NoiseStreams(0, range(3))) for s in (student, again)]
+    draws = [sample_student(s, PhiloxStreams(0, range(3))) for s in (student, again)]
     assert torch.equal(*draws)
 
 
@@ -39,7 +39,7 @@ def test_saving_over_an_older_student_replaces_it_whole(tiny_student, tmp_path):
 def test_last_layer_adds_no_noise(tiny_student):
     student = load_student(tiny_student)
 
-    class Counting(NoiseStreams):
+    class Counting(PhiloxStreams):
         draws = 0
 
         def draw(self, shape, device="cpu"):
@@ -54,7 +54,7 @@ def test_last_layer_adds_no_noise(tiny_student):
 def test_forwards_are_the_nfe(tiny_student):
     student, calls = load_student(tiny_student), []
     student.unet.register_forward_hook(lambda *args: calls.append(1))
-    sample_student(student, NoiseStreams(0, range(2)))
+    sample_student(student, PhiloxStreams(0, range(2)))
     assert len(calls) == student.nfe
 
 
