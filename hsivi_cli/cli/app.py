@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 import hsivi_cli
-from hsivi_cli.cli import bench, console, distill, env, evaluate, fit_posterior, inspect, sample, train
+from hsivi_cli.cli import bench, config, console, distill, env, evaluate, fit_posterior, inspect, sample, train
 from hsivi_cli.errors import HsiviError, InterruptError
 
 INTERRUPTED = "interrupted; a run that was saved goes on from its last checkpoint with --resume"
@@ -29,6 +29,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("fit-posterior")(fit_posterior.fit_posterior)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
+app.command("config", context_settings={"ignore_unknown_options": True})(config.config)
 app.command("env")(env.env)
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3 or 130; see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        code = app(args=arguments, prog_name="hsivi", standalone_mode=False)
+        code = app(args=arguments, prog_name="hsivi", standalone_mode=False, obj={"arguments": tuple(arguments)})
     except HsiviError as err:
         console.error(str(err))
         return err.exit_code

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +38,7 @@ def bench(
     device: options.Device = "auto",
     threads: options.Threads = 0,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Time sampling, distillation and kernels: ours, plain torch, torch.compile and diffusers' pipeline.
 

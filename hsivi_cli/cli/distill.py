@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 
 if TYPE_CHECKING:
     from hsivi_cli.methods.distillation import Outputs
@@ -18,6 +18,7 @@ PAPER_CRITIC_STEPS, PAPER_LR, PAPER_LR_CRITIC = 20, 1.6e-5, 8e-5
 
 
 def distill(
+    ctx: typer.Context,
     score_net: Annotated[
         Path,
         typer.Option(
@@ -89,6 +90,7 @@ def distill(
     device: options.Device = "auto",
     threads: options.Threads = 0,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Distil a diffusion score network into few-step HSIVI samplers, one for each NFE. Needs no data.
 
@@ -149,6 +151,7 @@ def distill(
         return
     assert out is not None
     with run_directory(out, plan, resume) as had_run:
+        configuration.keep_options(ctx, out, resume)
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
         start = init_from

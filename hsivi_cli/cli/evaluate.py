@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def evaluate(
         ),
     ] = None,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Measure images against a reference: FID, KID, inception score, precision and recall, with the protocol stated."""
     from hsivi_cli.cli.drawing import draw_all

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.fit_output import SECONDS_BETWEEN_LINES, Wanted, progress_lines, show
 from hsivi_cli.errors import InputError
 
@@ -218,6 +218,7 @@ def fit_posterior(
     seed: options.Seed = 0,
     threads: options.Threads = 0,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Fit a posterior and say whether to trust it (exit code 3: do not).
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.errors import InputError
 
 
@@ -63,6 +63,7 @@ def sample(
     threads: options.Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Draw images from a student in a few network evaluations, or from its teacher with --solver.
 

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from hsivi_cli.cli import console, options
+from hsivi_cli.cli import configuration, console, options
 
 
 def train(
+    ctx: typer.Context,
     data: Annotated[
         str,
         typer.Option("--data", help="'digits' (8x8, offline), an image folder, .npy, .npz or an MNIST idx .gz file."),
@@ -39,6 +40,7 @@ def train(
     device: options.Device = "auto",
     threads: options.Threads = 0,
     as_json: options.AsJson = False,
+    config_file: configuration.ConfigFile = None,
 ) -> None:
     """Train a small epsilon-predicting DDPM score network.
 
@@ -76,6 +78,7 @@ def train(
     )
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
     with run_directory(out, training.resolved(config, source), resume) as had_run:
+        configuration.keep_options(ctx, out, resume)
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
         console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")

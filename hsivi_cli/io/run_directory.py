@@ -14,7 +14,8 @@ from typing import Any
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import DISK_FULL, read_json, sweep_temporaries, write_json
 
-CONFIG = "config.json"
+CONFIG = "config.json"  # what a run computes: the fingerprint that resuming compares
+OPTIONS = "config.toml"  # the options it was begun with, for people and for --config
 POSTERIOR = "posterior"  # the `kind` in the configuration of a fit
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -173,7 +174,7 @@ def _files(directory: Path) -> list[Path]:
 def _is_litter(path: Path, directory: Path) -> bool:
     """Whether a file of a run is worth nothing without a checkpoint: its configuration, its log and its previews."""
     temporary = any(part.startswith(".") and part.endswith(".tmp") for part in path.relative_to(directory).parts)
-    return temporary or path in (directory / CONFIG, directory / LOCK) or _logged(path.name)
+    return temporary or path in (directory / CONFIG, directory / OPTIONS, directory / LOCK) or _logged(path.name)
 
 
 def _logged(name: str) -> bool:
