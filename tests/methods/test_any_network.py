@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws, Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
@@ -75,7 +75,9 @@ def test_learned_variances_of_a_teacher_change_nothing(make_teacher, tiny_teache
 def test_classes_are_distilled_and_drawn(make_teacher, tmp_path):
     path = make_teacher(num_class_embeds=3)
     state = distilled(path)
-    rollout = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
+    rollout = hsivi_sm.roll_out(
+        state, StepDraws(0, 1, generator(0, Stream.TRAIN, 1)), range(state.config.rollout_chains)
+    )
     chains = state.config.chains
     assert set(rollout.labels.tolist()) <= {0, 1, 2}
     assert torch.equal(rollout.labels[:chains], rollout.labels[chains:])  # a chain keeps its class
