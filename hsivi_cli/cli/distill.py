@@ -112,8 +112,7 @@ def distill(
     if out is None and not dry_run:
         raise InputError("--out is missing: name a run directory to write, or use --dry-run")
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
-    with console.guarded_stdout():
-        teacher = load_score_net(score_net, device, about)
+    teacher = load_score_net(score_net, device, about)
     for note in teacher.notes:
         console.story(note)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"

@@ -71,6 +71,7 @@ def evaluate(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
     precision: options.SamplingPrecision = "fp32",
+    compiled: options.Compile = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     max_fid: Annotated[
@@ -102,6 +103,7 @@ def evaluate(
     solving["precision"] = options.check_precision(precision)
     solving |= {
         "label": label,
+        "compiled": compiled,
         "options": options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction),
     }
     source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
@@ -152,8 +154,7 @@ def _open_samples(
     solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
     if path is None or solver or (path.is_dir() and ((path / "unet").is_dir() or find_students(path))):
-        with console.guarded_stdout():
-            sampler = open_sampler(path, nfe, device=device, **solving)
+        sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
         drawn["quantisation"] = sampler.description["quantisation"]
         if solver is None:
@@ -161,7 +162,8 @@ def _open_samples(
         return sampler, drawn
     about = solving["options"]
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
-    given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")} | {"class": solving["label"]}
+    given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")}
+    given |= {"class": solving["label"], "compile": solving["compiled"]}
     for name, value in given.items():
         if value not in (None, False, "fp32"):
             raise InputError(

@@ -59,6 +59,7 @@ def sample(
     batch_size: options.BatchSize = 64,
     precision: options.SamplingPrecision = "fp32",
     kernels: options.Kernels = "auto",
+    compiled: options.Compile = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -110,10 +111,11 @@ def sample(
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
     in_precision, with_kernels = options.check_precision(precision), options.resolve_kernels(kernels, device)
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
-    with console.guarded_stdout():
-        sampler = open_sampler(
-            student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label
-        )
+    if compiled:  # it writes its own kernels, and cannot look into ours
+        with_kernels = options.resolve_kernels("torch", device)
+    sampler = open_sampler(
+        student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled
+    )
     destination = open_destination(out, sampler.shape[0], force)
     check_capacity(destination, n, sampler.shape)
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")

@@ -10,7 +10,9 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
 from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS, REPORT, is_posterior_fit
-from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student
+from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student, student_sha256
+from hsivi_cli.networks.noise_prediction import PLAIN
+from hsivi_cli.targets.network_files import WEIGHTS
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, load_score_net
 
 KINDS = "a score network, a student, a run, a posterior fit, a .safetensors file or an .npz of statistics"
@@ -55,6 +57,12 @@ def describe_fit(path: Path) -> dict[str, Any]:
 
 def describe_student(path: Path) -> dict[str, Any]:
     """Facts about a student directory: its chain, its noise levels, its network and where it came from."""
+    network = read_json(path / "unet" / CONFIG)
+    if network.get("_class_name") == PLAIN:  # a user's own, which only running their file could build
+        weights = describe_safetensors(path / "unet" / WEIGHTS)
+        facts = {"kind": "student", "path": str(path), "sha256": student_sha256(path)} | read_json(path / DESCRIPTION)
+        own = {key: network.get(key) for key in ("network", "network_sha256", "in_channels", "sample_size")}
+        return facts | own | {"parameters": weights["parameters"]}
     student = load_student(path)
     own = {"format", "nfe", "grid", "eta", "schedule"}
     facts = {"kind": "student", "path": str(path), "sha256": student.sha256, "nfe": student.nfe}
@@ -141,6 +149,6 @@ def _teacher(path: Path) -> dict[str, Any]:
 
 
 def _network(unet: Any) -> dict[str, Any]:
-    architecture = {key: unet.config[key] for key in _ARCHITECTURE}
+    architecture = {key: unet.config[key] for key in _ARCHITECTURE if key in unet.config}
     parameters = sum(parameter.numel() for parameter in unet.parameters())
-    return {"network": "UNet2DModel", "parameters": parameters} | architecture
+    return {"network": type(unet).__name__, "parameters": parameters} | architecture

@@ -17,6 +17,7 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
+from hsivi_cli.networks.compiled import CompiledNetwork
 from hsivi_cli.networks.noise_prediction import sample_labels
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, NetworkOptions, ScoreNet, load_score_net
 from hsivi_cli.transitions.solvers import SOLVERS, best_spacing, resolve_order, solve, solver_times
@@ -53,12 +54,14 @@ def open_sampler(
     kernels: Kernels = "torch",
     options: NetworkOptions | None = None,
     label: int | None = None,
+    compiled: bool = False,
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
     Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and
     `spacing`, `order` and `clip` are as in `solver_sampler`. `options` say what the network's files do not, `label` is
-    the class to draw. Raises InputError, naming the command to type instead, for anything else.
+    the class to draw, `compiled` has torch compile the network. Raises InputError, naming the command to type instead,
+    for anything else.
     """
     options = options or NetworkOptions()
     if path is not None and not path.is_dir() and solver is None:
@@ -72,6 +75,8 @@ def open_sampler(
             )
         score_net = load_score_net(asset(SHIPPED_TEACHER) if path is None else path, device, options)
         steps = DEFAULT_NFE if nfe is None else nfe
+        if compiled:
+            score_net = dataclasses.replace(score_net, unet=CompiledNetwork(score_net.unet))
         return solver_sampler(score_net, solver, steps, spacing, order, clip, precision, kernels, label)
     for flag, given in (("--spacing", spacing is not None), ("--order", order is not None), ("--clip", clip)):
         if given:
@@ -87,6 +92,8 @@ def open_sampler(
             raise InputError(f"{flag} is for a teacher: a student knows its own, leave it out")
     student = load_student(select_student(path, nfe), device, options.network)
     check_label(label, student.classes)
+    if compiled:
+        student = dataclasses.replace(student, unet=CompiledNetwork(student.unet))
     return student_sampler(dataclasses.replace(student, label=label), precision, kernels)
 
 

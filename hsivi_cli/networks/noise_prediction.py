@@ -28,8 +28,6 @@ def predict_eps(
     The network answers with a tensor, or with an object that has one as `sample` (diffusers).
     """
     t = torch.as_tensor(t, device=x.device)
-    if isinstance(net, PlainNetwork):
-        t = t.expand(len(x))
     out = net(x, t) if labels is None else net(x, t, class_labels=labels)
     out = getattr(out, "sample", out)[:, : x.shape[1]].float()
     if schedule.prediction_type == "epsilon":
@@ -75,9 +73,9 @@ class PlainNetwork(nn.Module):
             "network_sha256": origin_sha256,
         }
 
-    def forward(self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"]) -> Tensor:
-        """What the network answers."""
-        return self.net(x, t)
+    def forward(self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | Int[Tensor, ""]) -> Tensor:
+        """What the network answers, told one time a sample."""
+        return self.net(x, t.expand(len(x)))
 
 
 PLAIN = "hsivi_cli.PlainNetwork"

@@ -1,0 +1,29 @@
+"""A network compiled by torch for the batch size it first sees; what it computes is the same up to rounding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CompiledNetwork(nn.Module):
+    """`net`, its calls of the first call's batch size compiled; another size, as of a last batch, runs as it is.
+
+    Compiling takes about a minute the first time; torch keeps what it built on disk for the next process.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.compiled = torch.compile(net, dynamic=False)
+        self.size: int | None = None
+
+    @property
+    def config(self) -> Any:
+        """The network's own."""
+        return self.net.config
+
+    def forward(self, x: Tensor, *args: Any, **more: Any) -> Any:
+        """What the network answers."""
+        self.size = self.size or len(x)
+        return (self.compiled if len(x) == self.size else self.net)(x, *args, **more)
