@@ -61,6 +61,9 @@ Prediction = Annotated[
     str | None, typer.Option("--prediction", help="What the teacher predicts: epsilon, v_prediction or sample.")
 ]
 Label = Annotated[int | None, typer.Option("--class", min=0, help="Class to draw; default: all of them in turn.")]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write TensorBoard event files too, beside the metrics of the run.")
+]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 
