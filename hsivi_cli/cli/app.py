@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 import hsivi_cli
-from hsivi_cli.cli import bench, config, console, distill, env, evaluate, fit_posterior, inspect, sample, train
+from hsivi_cli.cli import bench, config, console, distill, env, evaluate, fit_posterior, inspect, sample, train, watch
 from hsivi_cli.errors import HsiviError, InterruptError
 
 INTERRUPTED = "interrupted; a run that was saved goes on from its last checkpoint with --resume"
@@ -27,6 +27,7 @@ app.command("distill")(distill.distill)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("fit-posterior")(fit_posterior.fit_posterior)
+app.command("watch")(watch.watch)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
 app.command("config", context_settings={"ignore_unknown_options": True})(config.config)

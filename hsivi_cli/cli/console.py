@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from typing import Any, TextIO
 
@@ -69,6 +69,32 @@ def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str,
     # off a terminal a row is a line, however long, so that names and hashes can be searched for
     width = None if on_terminal else 10_000
     Console(file=stdout(), highlight=False, width=width).print(table)
+
+
+def story_terminal() -> Console | None:
+    """The console of the story where stderr is a terminal, for what is redrawn in place; None elsewhere."""
+    redrawn = sys.stderr is not None and sys.stderr.isatty() and not _stderr.is_dumb_terminal
+    return _stderr if redrawn else None
+
+
+def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: float, once: bool) -> None:
+    """Show what `look(screen, live)` returns, a renderable and whether it is final, every so often until it is.
+
+    Once only, if asked or where stdout is no terminal. Ctrl-C is how a user leaves, and no failure.
+    """
+    live_here = stdout().isatty() and not once
+    screen = Console(file=stdout(), highlight=False)
+    shown, final = look(screen, live_here)
+    if final or not live_here:
+        screen.print(look(screen, False)[0])
+        return
+    from rich.live import Live
+
+    with suppress(KeyboardInterrupt), Live(shown, console=screen, auto_refresh=False, vertical_overflow="crop") as live:
+        while not final:
+            time.sleep(seconds)
+            shown, final = look(screen, True)
+            live.update(shown, refresh=True)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`hsivi distill`: a pretrained score network into few-step students, without data."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsivi_cli.cli import configuration, console, options
+from hsivi_cli.cli.training_progress import Follower, follow
 
 if TYPE_CHECKING:
+    from hsivi_cli.engine.diagnosis import Diagnosis
     from hsivi_cli.methods.distillation import Outputs
     from hsivi_cli.methods.hsivi_sm import DistillConfig
     from hsivi_cli.targets.score_net import ScoreNet
@@ -89,6 +92,7 @@ def distill(
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
+    tensorboard: options.TensorBoard = False,
     as_json: options.AsJson = False,
     config_file: configuration.ConfigFile = None,
 ) -> None:
@@ -142,7 +146,7 @@ def distill(
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
-    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device)
+    outputs = _outputs(teacher, reference, fid_images, preview_every, device)
     if out is not None:
         check_run(out, plan, resume)
     if dry_run:
@@ -156,7 +160,9 @@ def distill(
         start = init_from
         for k, config in configs.items():
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
-            distillation.distill(teacher, config, out, outputs, start, network)
+            events = distillation.training_directory(out, k) if tensorboard else None
+            with follow(f"NFE {k}", steps, events) as follower:
+                distillation.distill(teacher, config, out, _followed(outputs, follower), start, network)
             start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
@@ -165,9 +171,7 @@ def distill(
     console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}")
 
 
-def _outputs(
-    teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int, device: str
-) -> "Outputs":
+def _outputs(teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, device: str) -> "Outputs":
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods.distillation import Outputs
 
@@ -178,17 +182,23 @@ def _outputs(
         channels, height, width = teacher.shape
         fid = fid_against(reference, (height, width, channels), device)
         protocol = {"reference_sha256": fid.reference_sha256, "extractor_sha256": fid.extractor_sha256}
+    return Outputs(lambda record, diagnosis: None, write_grid, preview_every, fid, fid_images if fid else 0, protocol)
 
-    def on_log(record: dict[str, Any], diagnosis: Any) -> None:
-        line = f"step {record['step']:>6}/{steps}  mismatch {diagnosis.mismatch:8.4f}"
-        line += f"  critic error {diagnosis.critic_error:8.4f}  {record['seconds_per_step']:.2f} s/step"
-        line += f"  {diagnosis.advice}"
-        measured = f"fid@{fid_images}"
-        if measured in record:
-            line += f"  {measured} {record[measured]:.4f}"
-        console.story(line)
 
-    return Outputs(on_log, write_grid, preview_every, fid, fid_images if fid else 0, protocol)
+def _followed(outputs: "Outputs", follower: Follower) -> "Outputs":
+    """The outputs of one training: what it logs is shown, with the last FID that was measured."""
+    last_fid = ""
+
+    def on_log(record: dict[str, Any], diagnosis: "Diagnosis") -> None:
+        nonlocal last_fid
+        name = f"fid@{outputs.fid_images}"
+        if name in record:
+            last_fid = f"{name} {record[name]:.4f} (step {record['step']})"
+        found = {"mismatch": diagnosis.mismatch, "critic_error": diagnosis.critic_error}
+        words = (f"mismatch {diagnosis.mismatch:.4f}", f"critic error {diagnosis.critic_error:.4f}", last_fid)
+        follower.on_log(record | found, "  ".join(filter(None, (*words, diagnosis.advice))))
+
+    return dataclasses.replace(outputs, on_log=on_log, on_step=follower.on_step)
 
 
 def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_json: bool) -> None:

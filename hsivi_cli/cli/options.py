@@ -67,6 +67,9 @@ Compile = Annotated[
         "--compile", help="Let torch compile the network: a minute once, then faster, on a CPU by about a third."
     ),
 ]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write TensorBoard event files too, beside the metrics of the run.")
+]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 

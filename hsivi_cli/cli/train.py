@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from hsivi_cli.cli import configuration, console, options
+from hsivi_cli.cli.training_progress import follow
 
 
 def train(
@@ -39,6 +40,7 @@ def train(
     ] = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
+    tensorboard: options.TensorBoard = False,
     as_json: options.AsJson = False,
     config_file: configuration.ConfigFile = None,
 ) -> None:
@@ -82,14 +84,14 @@ def train(
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
         console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
-        with console.progress("training", steps) as advance:
+        with follow("training", steps, out if tensorboard else None) as follower:
 
             def on_log(record: dict[str, float]) -> None:
-                advance.to(record["step"])
-                rate = record["seconds_per_step"]
-                console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step")
+                follower.on_log(record, f"loss {record['loss']:.5f}")
 
-            trained = training.train(pixels, config, out, had_run, preview_every, write_grid, on_log)
+            trained = training.train(
+                pixels, config, out, had_run, preview_every, write_grid, on_log, on_step=follower.on_step
+            )
     if as_json:
         console.result_json({"out": str(out)} | asdict(trained))
     else:

@@ -40,11 +40,15 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller adds to the loop: `on_log(record)`, `preview(step) -> metrics` and `batch(generator) -> data`."""
+    """What a caller adds to the loop: `on_log(record)`, `preview(step) -> metrics` and `batch(generator) -> data`.
+
+    `on_step(step)` hears of every step, before the log line of that step.
+    """
 
     on_log: Callable[[dict[str, Any]], None]
     preview: Callable[[int], dict[str, float]] = lambda step: {}
     batch: Callable[[torch.Generator], Tensor | None] = lambda generator: None
+    on_step: Callable[[int], None] = lambda step: None
 
 
 def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, hooks: Hooks) -> bool:
@@ -65,6 +69,7 @@ def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, ho
                     raise RunError(f"diverged: {name} is {value} at step {state.step}: use a lower --lr")
                 sums[name] = sums.get(name, 0.0) + value
             count += 1
+            hooks.on_step(state.step)
             at_end = state.step == config.steps
             previewing = config.preview_every and (state.step % config.preview_every == 0 or at_end)
             if previewing or at_end or state.step % config.log_every == 0:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.io.event_log import EVENTS
 from hsivi_cli.io.files import DISK_FULL, read_json, sweep_temporaries, write_json
 
 CONFIG = "config.json"  # what a run computes: the fingerprint that resuming compares
@@ -178,7 +179,7 @@ def _is_litter(path: Path, directory: Path) -> bool:
 
 
 def _logged(name: str) -> bool:
-    return name == METRICS or _PREVIEW.fullmatch(name) is not None
+    return name == METRICS or name.startswith(EVENTS) or _PREVIEW.fullmatch(name) is not None
 
 
 def _clear(directory: Path) -> bool:

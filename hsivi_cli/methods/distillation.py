@@ -31,7 +31,7 @@ CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a caller wants to see: log records, preview grids, and optionally an FID of preview images.
+    """What a caller wants to see: log records, steps, preview grids, and optionally an FID of preview images.
 
     `fid(uint8 NHWC) -> float` is measured on `fid_images` images at every preview; `fid_protocol` says against what.
     """
@@ -42,6 +42,7 @@ class Outputs:
     fid: Callable[[np.ndarray], float] | None = None
     fid_images: int = 0
     fid_protocol: dict[str, Any] = field(default_factory=dict)
+    on_step: Callable[[int], None] = lambda step: None
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def student_directory(run: Path, nfe: int) -> Path:
     return run / f"nfe{nfe}"
 
 
+def training_directory(run: Path, nfe: int) -> Path:
+    """Where a run keeps the checkpoint, metrics and previews of this student's training."""
+    return run / "training" / f"nfe{nfe}"
+
+
 def distill(
     teacher: ScoreNet,
     config: hsivi_sm.DistillConfig,
@@ -72,7 +78,7 @@ def distill(
     `FILE:FUNCTION`, if the teacher is built by one.
     """
     nfe = len(config.grid) - 1
-    target, work = student_directory(run, nfe), run / "training" / f"nfe{nfe}"
+    target, work = student_directory(run, nfe), training_directory(run, nfe)
     work.mkdir(parents=True, exist_ok=True)
     state = hsivi_sm.init(teacher, config, load_student(start, config.device, network) if start else None)
     if (work / CHECKPOINT).is_file():
@@ -115,7 +121,7 @@ def distill(
     loop = LoopConfig(
         config.steps, config.seed, log_every=10, checkpoint_every=200, preview_every=outputs.preview_every
     )
-    stopped = run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview))
+    stopped = run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview, on_step=outputs.on_step))
     if not outputs.preview_every or not target.is_dir():
         save({})
     if stopped:

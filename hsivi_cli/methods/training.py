@@ -80,6 +80,7 @@ def train(
     preview_every: int,
     write_grid: Callable[[Any, Path], None],
     on_log: Callable[[dict[str, Any]], None],
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train to `config.steps`, with previews, checkpoints and loss curves, then publish the pipeline.
 
@@ -98,7 +99,7 @@ def train(
         publish(state, directory)
         return {}
 
-    hooks = Hooks(on_log, preview, lambda generator: ddpm.draw_batch(images, config.batch, generator))
+    hooks = Hooks(on_log, preview, lambda generator: ddpm.draw_batch(images, config.batch, generator), on_step)
     loop = LoopConfig(config.steps, config.seed, log_every=50, checkpoint_every=500, preview_every=preview_every)
     run_loop(ddpm, state, loop, directory, hooks)
     publish(state, directory)
