@@ -62,7 +62,7 @@ def load_score_net(path: Path, device: str = "cpu") -> ScoreNet:
     if not path.is_dir():
         raise InputError(f"{path} does not exist: name a diffusers directory that holds unet/ and scheduler/")
     scheduler = path / "scheduler" / "scheduler_config.json"
-    if not (path / "unet").is_dir() or not scheduler.is_file():
+    if not (path / "unet").is_dir() or not scheduler.is_file() or (path / "hsivi.json").is_file():
         hint = "is it an unfinished run of hsivi train, or of hsivi distill?"
         if (path / "hsivi.json").is_file():
             hint = "it is a student: name its teacher"
