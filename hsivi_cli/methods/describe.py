@@ -61,8 +61,8 @@ def describe_student(path: Path) -> dict[str, Any]:
     if network.get("_class_name") == PLAIN:  # a user's own, which only running their file could build
         weights = describe_safetensors(path / "unet" / WEIGHTS)
         facts = {"kind": "student", "path": str(path), "sha256": student_sha256(path)} | read_json(path / DESCRIPTION)
-        own = {key: network.get(key) for key in ("network", "network_sha256", "in_channels", "sample_size")}
-        return facts | own | {"parameters": weights["parameters"]}
+        said = {key: network.get(key) for key in ("network", "network_sha256", "in_channels", "sample_size")}
+        return facts | said | {"parameters": weights["parameters"]}
     student = load_student(path)
     own = {"format", "nfe", "grid", "eta", "schedule"}
     facts = {"kind": "student", "path": str(path), "sha256": student.sha256, "nfe": student.nfe}

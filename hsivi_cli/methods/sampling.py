@@ -16,7 +16,7 @@ from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels, use_triton
-from hsivi_cli.methods.student import Student, find_students, load_student, sample_student, select_student
+from hsivi_cli.methods.student import DESCRIPTION, Student, find_students, load_student, sample_student, select_student
 from hsivi_cli.networks.compiled import CompiledNetwork
 from hsivi_cli.networks.noise_prediction import sample_labels
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, NetworkOptions, ScoreNet, load_score_net
@@ -68,6 +68,8 @@ def open_sampler(
         what = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
     is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)
+    if path is not None and (path / DESCRIPTION).is_file():
+        is_teacher = False  # a student has a scheduler too, for diffusers
     if solver is not None:
         if path is not None and not is_teacher and find_students(path):
             raise InputError(

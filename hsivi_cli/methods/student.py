@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,24 @@ def save_student(student: Student, path: Path) -> None:
     with atomic_directory(path, overwrite=True) as directory:
         save_network(student.unet, directory / "unet")
         save_file({"log_gamma": student.log_gamma.detach().cpu().contiguous()}, directory / LOG_GAMMA)
-        fields = {"format": FORMAT, "nfe": student.nfe, "grid": list(student.grid), "eta": student.eta}
-        fields |= {"schedule": student.schedule.config, "hsivi_version": hsivi_cli.__version__}
+        fields = chain_fields(student.grid, student.eta, student.schedule)
         write_json(directory / DESCRIPTION, fields | student.description)
+        save_pipeline_files(student, directory)
+
+
+def chain_fields(grid: Sequence[int], eta: float, schedule: NoiseSchedule) -> dict[str, Any]:
+    """What a student's description says of its chain."""
+    fields = {"format": FORMAT, "nfe": len(grid) - 1, "grid": list(grid), "eta": eta}
+    return fields | {"schedule": schedule.config, "hsivi_version": hsivi_cli.__version__}
+
+
+def save_pipeline_files(student: Student, directory: Path) -> None:
+    """Write model_index.json and scheduler/, by which diffusers opens a student; we read neither ourselves."""
+    from hsivi_cli.methods.pipeline import HSIVIPipeline
+
+    pipeline = HSIVIPipeline.from_student(student)
+    pipeline.scheduler.save_pretrained(directory / "scheduler")
+    pipeline.save_config(directory)
 
 
 def load_student(path: Path, device: str = "cpu", network: str | None = None) -> Student:

@@ -1,0 +1,67 @@
+"""Lets diffusers find our classes: `import hsivi_cli`, then `DiffusionPipeline.from_pretrained(student)`.
+
+diffusers looks a pipeline's class up as an attribute of `diffusers`, and a component's in a module of
+`diffusers.pipelines` (or, in a local directory, in a module that is imported already). Both modules answer for our
+names too once they are imported, before us or after; nothing is imported for it here, no name of theirs is changed.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "hsivi_cli"
+# what each of their modules is to answer for: our classes, and our package as a home of components
+NAMES = {"diffusers": ("HSIVIPipeline", "HSIVIScheduler"), "diffusers.pipelines": (PACKAGE,)}
+
+
+def tell_diffusers() -> None:
+    """Make diffusers answer for our names, now where it is imported, else as soon as it is."""
+    for name in NAMES:
+        if name in sys.modules:
+            _extend(sys.modules[name])
+    if not all(name in sys.modules for name in NAMES) and not any(isinstance(f, _Finder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _extend(module: ModuleType) -> None:
+    """Give a module a `__getattr__` (PEP 562) for our names; that of its class, which makes it lazy, comes after."""
+    if "__getattr__" in vars(module):
+        return  # told already; or not as we know it, and then `HSIVIPipeline.from_pretrained` still opens a student
+
+    def __getattr__(name: str) -> Any:
+        if name not in NAMES[module.__name__]:
+            raise AttributeError(f"module {module.__name__} has no attribute {name}")
+        ours = sys.modules[PACKAGE]
+        return ours if name == PACKAGE else getattr(ours, name)
+
+    vars(module)["__getattr__"] = __getattr__
+
+
+class _Finder(MetaPathFinder):
+    """Finds diffusers as everyone else would, and extends it once it has been executed."""
+
+    def __init__(self) -> None:
+        self._searching = False
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of one of NAMES, with a loader that tells it our names; None for every other module."""
+        if name not in NAMES or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _extend(sys.modules[name])  # diffusers puts another module in its own place
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
