@@ -65,20 +65,24 @@ OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")
 
 
 def resolve_device(device: str, threads: int = 0) -> str:
-    """Turn `auto` into a device, set the thread count, and refuse a device that is not there (InputError)."""
+    """Turn `auto` into a device, set the thread count, and refuse a device that is not there (InputError).
+
+    Several processes join here, each with a device of its own.
+    """
     import torch
 
+    from hsivi_cli.engine import processes
     from hsivi_cli.errors import InputError
 
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return processes.start(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
         raise InputError(f"--device {device} is not available here: use --device auto or cpu") from err
-    return device
+    return processes.start(device)
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:

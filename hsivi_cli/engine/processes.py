@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hsivi_cli.errors import HsiviError, InputError, RunError
 
@@ -150,12 +150,12 @@ def in_turns(work: Callable[[range], "Tensor"], n: int, size: int, first: int = 
     if count() == 1:
         yield from map(work, batches)
         return
-    like = None
+    like: Tensor | None = None  # how rows look: one of these may never have a batch of its own to show it
     for turn in range(0, len(batches), count()):
         now = batches[turn : turn + count()]
         mine = work(now[rank()]) if rank() < len(now) else None
-        if like is None:  # one of these may never have a batch of its own, and must know what the others send
-            like = from_main(lambda rows=mine: rows[:0].cpu())
+        if like is None:
+            like = from_main(lambda: cast("Tensor", mine)[:0].cpu())  # noqa: B023 (called at once)
         sizes = [len(batch) for batch in now] + [0] * (count() - len(now))
         rows = gather(like if mine is None else mine, sizes)
         for batch, part in zip(now, rows.split(sizes[: len(now)]), strict=True):
