@@ -3,15 +3,16 @@
 import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 import typer
 
 import hsivi_cli
 from hsivi_cli.cli import bench, config, console, distill, env, evaluate, fit_posterior, inspect, sample, train, watch
-from hsivi_cli.errors import HsiviError, InterruptError
+from hsivi_cli.engine import processes
+from hsivi_cli.errors import HsiviError, InputError, InterruptError
 
+SEVERAL = ("train", "distill", "sample", "evaluate")  # what torchrun and accelerate may start in several processes
 INTERRUPTED = "interrupted; a run that was saved goes on from its last checkpoint with --resume"
 
 app = typer.Typer(
@@ -42,9 +43,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Fast diffusion sampling and posterior fitting: distil score networks into few-step samplers, fit posteriors."""
+    if processes.count() > 1 and context.invoked_subcommand not in SEVERAL:
+        name = context.invoked_subcommand
+        raise InputError(f"hsivi {name} runs in one process, not {processes.count()}: start it without the launcher")
 
 
 def _drop_stdout() -> None:
@@ -54,8 +59,7 @@ def _drop_stdout() -> None:
 
 
 def _bug(err: Exception) -> int:
-    traceback.print_exception(err)
-    console.error(f"this is a bug in hsivi {hsivi_cli.__version__}: please report the lines above")
+    console.error(f"this is a bug in hsivi {hsivi_cli.__version__}: please report the lines above", err)
     return 1
 
 
@@ -64,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = app(args=arguments, prog_name="hsivi", standalone_mode=False, obj={"arguments": tuple(arguments)})
+        if not code:
+            processes.end()
     except HsiviError as err:
         console.error(str(err))
         return err.exit_code

@@ -23,7 +23,7 @@ def bench(
     nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
     what: Annotated[str, typer.Option("--what", help="sample, distill, kernels; several with commas.")] = "sample",
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, as 1,64,256.")] = "1,64",
-    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, or both with a comma.")] = "fp32",
+    precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, fp16, or several with commas.")] = "fp32",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; each side is timed once a round.")] = 10,
     compile_modes: Annotated[
         str, typer.Option("--compile", help="Modes of torch.compile to time too, as default,reduce-overhead.")

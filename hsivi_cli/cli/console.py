@@ -1,16 +1,22 @@
-"""The only place that writes to stdout or stderr: stdout is the result, stderr is the story."""
+"""The only place that writes to stdout or stderr: stdout is the result, stderr is the story.
+
+Of several processes (engine.processes) the first alone talks.
+"""
 
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+from hsivi_cli.engine import processes
 from hsivi_cli.errors import RunError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -19,21 +25,30 @@ _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def story(message: str) -> None:
     """One line of the story, to stderr; markup is not interpreted, so paths with brackets survive."""
-    _stderr.print(message, markup=False)
+    if processes.is_main():
+        _stderr.print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """A warning, to stderr."""
-    _stderr.print(f"warning: {message}", markup=False, style="yellow")
+    if processes.is_main():
+        _stderr.print(f"warning: {message}", markup=False, style="yellow")
 
 
-def error(message: str) -> None:
-    """The one line a failed command ends with, to stderr."""
-    _stderr.print(f"error: {message}", markup=False, style="red")
+def error(message: str, bug: BaseException | None = None) -> None:
+    """The one line a failed command ends with, to stderr; above it where a `bug` came from. One process tells it."""
+    if not processes.speaks():
+        return
+    if bug is not None:
+        traceback.print_exception(bug)
+    where = "" if processes.is_main() else f"process {processes.rank()}: "
+    _stderr.print(f"error: {where}{message}", markup=False, style="red")
 
 
 def stdout() -> TextIO:
     """Where results go; raises RunError if the caller has closed it (`>&-`)."""
+    if not processes.is_main():
+        return _nowhere()
     if sys.stdout is None:
         raise RunError("stdout is closed: there is nowhere to print the result")
     return sys.stdout
@@ -71,6 +86,11 @@ def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str,
     Console(file=stdout(), highlight=False, width=width).print(table)
 
 
+@cache
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
 def story_terminal() -> Console | None:
     """The console of the story where stderr is a terminal, for what is redrawn in place; None elsewhere."""
     redrawn = sys.stderr is not None and sys.stderr.isatty() and not _stderr.is_dumb_terminal
@@ -100,7 +120,7 @@ def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: flo
 @contextmanager
 def guarded_stdout() -> Iterator[None]:
     """Send to stderr what other code prints, such as a user's model file: stdout is for the result alone."""
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr if processes.is_main() else _nowhere()):
         yield
 
 
@@ -144,7 +164,8 @@ def progress(title: str, total: int, lines: bool = False) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, disable=not sys.stderr.isatty(), transient=True) as bar:
+    silent = not (sys.stderr.isatty() and processes.is_main())
+    with Progress(*columns, console=_stderr, disable=silent, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield Advance(partial(bar.update, task))
 

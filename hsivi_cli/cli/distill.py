@@ -69,7 +69,9 @@ def distill(
     init_from: Annotated[
         Path | None, typer.Option("--init-from", help="Start from this student directory, not the teacher.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16 (mixed).")] = "fp32",
+    precision: options.Precision = "fp32",
+    accumulate: options.Accumulate = 1,
+    with_compile: options.Compile = False,
     preview_every: Annotated[int, typer.Option("--preview-every", min=0, help="Student steps between previews.")] = 200,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Measure FID against this at every preview (see hsivi evaluate).")
@@ -139,8 +141,10 @@ def distill(
         "seed": seed,
     }
     grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
-    with_kernels = options.resolve_kernels(kernels, device)
-    configs = {k: DistillConfig(grid=grids[k], device=device, kernels=with_kernels, **settings) for k in nfes}
+    # how it is computed, which a run may change when it is resumed
+    how: dict[str, Any] = {"device": device, "kernels": options.resolve_kernels(kernels, device)}
+    how |= {"accumulate": accumulate, "compile": with_compile}
+    configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
     donor = load_student(init_from, device, network) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hsivi_cli.cli import console
+from hsivi_cli.engine import processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +15,7 @@ LONG = 60.0  # seconds from which the story says how long it will take
 
 
 def draw_all(title: str, sampler: "Sampler", n: int, seed: int, batch_size: int) -> "np.ndarray":
-    """Images 0 .. n - 1 of `seed` in one array, uint8 NHWC. Raises what `draw_images` raises."""
+    """Images 0 .. n - 1 of `seed` in one array, uint8 NHWC, in every process. Raises what `draw_images` raises."""
     import numpy as np
 
     from hsivi_cli.methods.sampling import draw_images
@@ -26,7 +27,7 @@ def draw_all(title: str, sampler: "Sampler", n: int, seed: int, batch_size: int)
         for batch in draw_images(sampler, n, seed, batch_size, on_batch=advance):
             images[done : done + len(batch)] = batch
             if done == 0 and len(batch) < n:
-                _announce((time.monotonic() - start) * n / len(batch), len(batch))
+                _announce((time.monotonic() - start) * n / (len(batch) * processes.count()), len(batch))
             done += len(batch)
     return images
 

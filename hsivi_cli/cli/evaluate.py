@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hsivi_cli.cli import configuration, console, options
+from hsivi_cli.engine import processes
 from hsivi_cli.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def evaluate(
         count = num_samples or DEFAULT_DRAWS
         # beside the images, their features and logits are kept, in float32
         row = height * width * channels + 4 * (INCEPTION_COLUMNS if extractor.name == "inception" else DIGITS_COLUMNS)
-        check_memory(f"-n {count}", count * row)
+        check_memory(f"-n {count}", count * row * processes.on_this_machine())
         drawn |= {"n": count, "seed": seed}
         console.story(f"drawing {count} images with {source.name}, seed {seed}")
         source = image_set(draw_all("drawing", source, count, seed, batch_size), samples)
@@ -132,11 +133,13 @@ def evaluate(
         target = known
     theirs = _comparable(drawn.pop("teacher_fid", None), found.n, target, extractor)
     drawn |= {"teacher_fid": theirs} if theirs else {}
-    report = _beside_teacher(evaluation_report(found, target, extractor, drawn), theirs)
+    report = processes.from_main(lambda: evaluation_report(found, target, extractor, drawn))
+    report = _beside_teacher(report, theirs)
     for warning in report.warnings:
         console.warn(warning)
     _print(report, as_json)
-    _record(report, students)
+    if processes.is_main():
+        _record(report, students)
     _gate(report, max_fid)
 
 
@@ -169,6 +172,8 @@ def _open_samples(
             raise InputError(
                 f"--{name} is for models, and {samples} is no model's directory: leave it out, or name one"
             )
+    if samples == "-" and processes.count() > 1:
+        raise InputError("'-' reads images from stdin, which several processes cannot share: name a file")
     if samples == "-" and sys.stdin is None:
         raise InputError("'-' reads images from stdin, which is closed: pipe them in, or name a file")
     images = read_image_stream(sys.stdin.buffer, limit) if samples == "-" else read_images(samples, limit)

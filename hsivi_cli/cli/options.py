@@ -35,7 +35,32 @@ Clip = Annotated[
     bool, typer.Option("--clip/--no-clip", help="Solver: clamp the predicted image to [-1, 1] in every step.")
 ]
 SamplingPrecision = Annotated[
-    str, typer.Option("--precision", help="fp32, or bf16: the network in bfloat16, faster where the hardware has it.")
+    str,
+    typer.Option(
+        "--precision",
+        "--mixed-precision",
+        help="fp32, or bf16 or fp16: the network in half the bits, faster where the hardware has it.",
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        "--mixed-precision",
+        help="fp32, or mixed: bf16 (twice as fast on new CPUs), or fp16, with the loss scaled.",
+    ),
+]
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        "--accumulate", min=1, help="Parts that each process computes its share of the batch in, to save memory."
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile/--no-compile", help="torch.compile the networks: a minute to start, then faster by about a third."
+    ),
 ]
 Kernels = Annotated[
     str,
@@ -61,12 +86,6 @@ Prediction = Annotated[
     str | None, typer.Option("--prediction", help="What the teacher predicts: epsilon, v_prediction or sample.")
 ]
 Label = Annotated[int | None, typer.Option("--class", min=0, help="Class to draw; default: all of them in turn.")]
-Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile", help="Let torch compile the network: a minute once, then faster, on a CPU by about a third."
-    ),
-]
 TensorBoard = Annotated[
     bool, typer.Option("--tensorboard", help="Write TensorBoard event files too, beside the metrics of the run.")
 ]
@@ -74,20 +93,24 @@ OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")
 
 
 def resolve_device(device: str, threads: int = 0) -> str:
-    """Turn `auto` into a device, set the thread count, and refuse a device that is not there (InputError)."""
+    """Turn `auto` into a device, set the thread count, and refuse a device that is not there (InputError).
+
+    Several processes join here, each with a device of its own.
+    """
     import torch
 
+    from hsivi_cli.engine import processes
     from hsivi_cli.errors import InputError
 
     if threads:
         torch.set_num_threads(threads)
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return processes.start(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
         raise InputError(f"--device {device} is not available here: use --device auto or cpu") from err
-    return device
+    return processes.start(device)
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
@@ -99,9 +122,10 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_precision(value: str) -> Literal["fp32", "bf16"]:
-    """Return a precision, or raise InputError."""
-    return "bf16" if check_choice("--precision", value, ("fp32", "bf16")) == "bf16" else "fp32"
+def check_precision(value: str) -> Literal["fp32", "bf16", "fp16"]:
+    """Return a precision, of which Accelerate calls the first one `no`, or raise InputError."""
+    precision: Any = "fp32" if value == "no" else check_choice("--precision", value, ("fp32", "bf16", "fp16"))
+    return precision
 
 
 SCHEDULES = {

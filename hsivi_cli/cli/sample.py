@@ -1,12 +1,16 @@
 """`hsivi sample`: images from a student or from a solver on its teacher, draws from a saved posterior."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hsivi_cli.cli import configuration, console, options
+from hsivi_cli.engine import processes
 from hsivi_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from hsivi_cli.io.samples import Destination
 
 
 def sample(
@@ -75,6 +79,8 @@ def sample(
     from hsivi_cli.io.run_directory import is_posterior_fit
 
     if student is not None and is_posterior_fit(student):
+        if processes.count() > 1:
+            raise InputError(f"{student} is a posterior fit, and one process draws from it: leave the launcher out")
         from hsivi_cli.cli.observe import observe_rows
         from hsivi_cli.cli.observe_latent import is_latent_fit, sample_latent
         from hsivi_cli.cli.sample_fit import sample_fit
@@ -104,7 +110,7 @@ def sample(
     import time
 
     from hsivi_cli.cli.drawing import draw_all
-    from hsivi_cli.io.samples import check_capacity, open_destination, write_samples
+    from hsivi_cli.io.samples import write_samples
     from hsivi_cli.methods.sampling import open_sampler
 
     device = options.resolve_device(device, threads)
@@ -116,13 +122,12 @@ def sample(
     sampler = open_sampler(
         student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled
     )
-    destination = open_destination(out, sampler.shape[0], force)
-    check_capacity(destination, n, sampler.shape)
-    console.story(f"{n} images with {sampler.name}, seed {seed}, on {device}")
+    destination = processes.from_main(lambda: _open(out, n, sampler.shape, force))
+    console.story(f"{n} images with {sampler.name}, seed {seed}, on {_where(device, n, batch_size)}")
     start = time.perf_counter()
     images = draw_all("sampling", sampler, n, seed, batch_size)
     seconds = time.perf_counter() - start
-    stream = write_samples(destination, [images])
+    stream = write_samples(destination, [images]) if processes.is_main() else None
     console.story(f"drawn in {seconds:.2f} s, {n / seconds:.1f} images/s")
     if stream is not None:
         console.result_bytes(stream)
@@ -142,3 +147,20 @@ def sample(
         )
     else:
         console.result_line(out)
+
+
+def _open(out: str, n: int, shape: tuple[int, int, int], force: bool) -> "Destination":
+    from hsivi_cli.io.samples import check_capacity, open_destination
+
+    destination = open_destination(out, shape[0], force)
+    check_capacity(destination, n, shape)
+    return destination
+
+
+def _where(device: str, n: int, batch_size: int) -> str:
+    """The device, and of several processes how many have something to do."""
+    batches = -(-n // batch_size)
+    if processes.count() == 1:
+        return device
+    idle = f", of which {batches} have a batch: lower --batch-size" if batches < processes.count() else ""
+    return f"{processes.count()} processes{idle}"

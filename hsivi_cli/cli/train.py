@@ -28,9 +28,9 @@ def train(
     schedule: Annotated[str, typer.Option("--schedule", help="Noise schedule: linear or cosine.")] = "linear",
     ema: Annotated[float, typer.Option("--ema", min=0.0, max=0.99999, help="Decay of the averaged weights.")] = 0.999,
     flip: Annotated[bool, typer.Option("--flip", help="Random horizontal flips.")] = False,
-    precision: Annotated[
-        str, typer.Option("--precision", help="fp32 or bf16 (mixed; twice as fast on new CPUs).")
-    ] = "fp32",
+    precision: options.Precision = "fp32",
+    accumulate: options.Accumulate = 1,
+    with_compile: options.Compile = False,
     preview_every: Annotated[
         int, typer.Option("--preview-every", min=0, help="Steps between sample grids; 0: never.")
     ] = 1000,
@@ -77,6 +77,8 @@ def train(
         precision=options.check_precision(precision),
         seed=seed,
         device=device,
+        accumulate=accumulate,
+        compile=with_compile,
     )
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
     with run_directory(out, training.resolved(config, source), resume) as had_run:

@@ -1,20 +1,22 @@
-"""Learning-rate schedules, moving averages, clipping and mixed precision, shared by every method."""
+"""Learning-rate schedules, moving averages, clipped updates from a cut batch, and mixed precision, for every method."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hsivi_cli.errors import RunError
+from hsivi_cli.engine import processes
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 ScheduleName = Literal["cosine", "exponential", "constant"]
 
 DECAY_FACTOR, DECAY_EVERY = 0.9, 3000  # the exponential schedule of the published recipe (arXiv 2310.17153)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,99 @@ class LearningRate:
         return rate
 
 
-def apply_step(
-    loss: Tensor, optimiser: torch.optim.Optimizer, parameters: Iterable[Tensor], rate: float, clip: float
-) -> float:
-    """Backward, clip the gradient's norm, step at `rate`; returns the norm. Raises RunError if it is not finite."""
+@dataclass(frozen=True)
+class Share:
+    """The rows of a global batch that this process computes, cut into parts that are computed one after the other.
+
+    `parts` are slices into `rows`, each with its weight in a mean over the whole batch.
+    """
+
+    rows: range
+    parts: tuple[tuple[slice, float], ...]
+
+
+def share_of(batch: int, accumulate: int = 1) -> Share:
+    """This process's share of `batch` rows, in at most `accumulate` parts; never empty, at worst a row of no weight."""
+    rows = processes.share(batch)
+    if not rows:  # more processes than rows
+        return Share(range(1), ((slice(0, 1), 0.0),))
+    pieces = min(accumulate, len(rows))
+    ends = [len(rows) * i // pieces for i in range(pieces + 1)]
+    return Share(rows, tuple((slice(a, b), (b - a) / batch) for a, b in pairwise(ends)))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one update: the gradient's norm before clipping, and whether the optimiser stepped.
+
+    `means` holds the loss, as "loss", and whatever else was to be averaged over the global batch.
+    """
+
+    norm: float
+    stepped: bool
+    means: dict[str, float]
+
+
+LossOf = Callable[[slice], tuple[Tensor, dict[str, Tensor]]]
+
+
+def apply_update(
+    loss_of: LossOf,
+    parts: Sequence[tuple[slice, float]],
+    optimiser: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    rate: float,
+    clip: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Update:
+    """One update from the mean loss of a global batch, of which `parts` are what this process computes.
+
+    `loss_of(part)` returns the mean loss of a part's rows and further means; the gradients of the parts, and of all
+    processes, are added up before they are clipped. With a `scaler` (fp16) a gradient that overflows is computed again
+    at half the scale.
+
+    An update whose loss or norm is not finite leaves parameters and optimiser as they were. The norm alone decides, and
+    a loss that is not finite is made to show in it: so all processes decide alike.
+    """
+    parameters, scaler = list(parameters), scaler or torch.amp.GradScaler(enabled=False)
     for group in optimiser.param_groups:
         group["lr"] = rate
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(list(parameters), clip))
-    if not math.isfinite(norm):
-        raise RunError("diverged: the gradient is not finite: use a lower --lr")
-    optimiser.step()
-    return norm
+    before = scaler.state_dict()
+    while True:
+        optimiser.zero_grad(set_to_none=True)
+        means = _backward(loss_of, parts, parameters, scaler)
+        scaler.unscale_(optimiser)
+        finite = math.isfinite(means["loss"])
+        norm = float(nn.utils.clip_grad_norm_(parameters, clip)) if finite else math.nan
+        if math.isfinite(norm):
+            scaler.step(optimiser)
+            scaler.update()
+            return Update(norm, True, means)
+        scaler.update()
+        if not finite or scaler.get_scale() < 1 or not scaler.is_enabled():  # the scale is not to blame
+            optimiser.zero_grad(set_to_none=True)  # clipping has spread the NaN over all of them
+            scaler.load_state_dict(before)
+            return Update(norm, False, means)
+
+
+def gradient_scaler(precision: Precision, device: torch.device | str) -> torch.amp.GradScaler:
+    """Scales losses so that gradients fit float16; does nothing in any other precision."""
+    return torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")
+
+
+def _backward(
+    loss_of: LossOf, parts: Sequence[tuple[slice, float]], parameters: list[Tensor], scaler: torch.amp.GradScaler
+) -> dict[str, float]:
+    """Gradients of the global batch in every parameter, scaled; returns the means over the batch."""
+    sums: Tensor | None = None
+    for part, weight in parts:
+        loss, others = loss_of(part)
+        scaler.scale(loss * weight).backward()
+        values = weight * torch.stack([loss.detach(), *(value.detach() for value in others.values())])
+        sums = values if sums is None else sums + values
+    assert sums is not None
+    means = processes.sum_gradients(parameters, sums).tolist()
+    return dict(zip(("loss", *others), means, strict=True))
 
 
 @torch.no_grad()
@@ -61,4 +143,4 @@ def update_ema(averages: Iterable[Tensor], values: Iterable[Tensor], step: int, 
 def autocast(precision: Precision, device: torch.device | str) -> AbstractContextManager[None]:
     """Context in which networks compute in `precision`; losses and sums outside it stay in float32."""
     kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(kind, TYPES.get(precision, torch.bfloat16), enabled=precision in TYPES)

@@ -14,6 +14,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_featuresdict_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_featuresdict_to_metric
 
+from hsivi_cli.engine import processes
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.extractors import Extractor
 from hsivi_cli.evaluation.frechet import Moments, frechet_distance, moments
@@ -92,17 +93,25 @@ def extract_features(
     device: str = "cpu",
     on_batch: Callable[[int], object] | None = None,
 ) -> Features:
-    """Features of all images, in batches; `on_batch(count)` is told after each.
+    """Features of all images, in batches; `on_batch(count)` is told after each. Several processes take turns.
 
     Raises InputError if the extractor refuses the images or returns something that is not finite rows of features.
     """
-    parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(images), batch_size):
-        batch = torch.from_numpy(images.images[start : start + batch_size]).permute(0, 3, 1, 2).to(device)
-        parts.append(_run(extractor, batch, images.source))
+    widths: list[int] = []
+
+    def layers(rows: range) -> Tensor:
+        batch = torch.from_numpy(images.images[rows.start : rows.stop]).permute(0, 3, 1, 2).to(device)
+        found = _run(extractor, batch, images.source)
+        widths[:] = [layer.shape[1] for layer in found]
+        return torch.cat(found, 1)
+
+    parts = []
+    for part in processes.in_turns(layers, len(images), batch_size):
+        parts.append(part)
         if on_batch is not None:
-            on_batch(len(batch))
-    features, *logits = (torch.cat(layer) for layer in zip(*parts, strict=True))
+            on_batch(len(part))
+    columns = processes.from_main(lambda: widths)
+    features, *logits = (torch.cat(layer) for layer in zip(*(part.split(columns, 1) for part in parts), strict=True))
     return Features(features, logits[0] if logits else None, images.source, images.sha256)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
-from hsivi_cli.engine.optimisation import Precision, autocast
+from hsivi_cli.engine.optimisation import TYPES, Precision, autocast
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.engine.timing import Timing, copy_bandwidth, matmul_rate, time_sides
 from hsivi_cli.io.files import atomic_file
@@ -24,7 +24,7 @@ from hsivi_cli.targets.score_net import ScoreNet
 
 OURS, EAGER, PIPELINE = "hsivi", "eager", "diffusers DDIMPipeline"
 LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, **TYPES}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
-from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
+from hsivi_cli.engine.optimisation import (
+    LearningRate,
+    Precision,
+    ScheduleName,
+    apply_update,
+    autocast,
+    gradient_scaler,
+    share_of,
+    update_ema,
+)
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.transitions.gaussian_layer import per_sample
 
@@ -36,6 +45,8 @@ class DDPMConfig:
     precision: Precision = "fp32"
     seed: int = 0
     device: str = "cpu"
+    accumulate: int = 1
+    compile: bool = False
 
 
 @dataclass
@@ -48,6 +59,7 @@ class DDPMState:
     optimiser: torch.optim.Optimizer
     schedule: NoiseSchedule
     config: DDPMConfig
+    scaler: torch.amp.GradScaler
 
 
 def init(target: None, config: DDPMConfig) -> DDPMState:
@@ -59,11 +71,17 @@ def init(target: None, config: DDPMConfig) -> DDPMState:
         unet = UNet2DModel(**config.unet).to(config.device)
     optimiser = torch.optim.Adam(unet.parameters(), config.lr)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
-    return DDPMState(0, unet, ema, optimiser, schedule_from_config(config.schedule), config)
+    if config.compile:
+        unet.compile()  # in place: the names in its state dict stay
+    scaler = gradient_scaler(config.precision, config.device)
+    return DDPMState(0, unet, ema, optimiser, schedule_from_config(config.schedule), config, scaler)
 
 
 def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: torch.Generator) -> dict[str, float]:
-    """One gradient step of `E |eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t)|^2` (eq. 14)."""
+    """One gradient step of `E |eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t)|^2` (eq. 14).
+
+    `batch` is the whole one, whatever the number of processes; each computes its share of it.
+    """
     assert batch is not None
     config, schedule = state.config, state.schedule
     x0 = batch.float() / 127.5 - 1
@@ -74,14 +92,21 @@ def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: to
         x0 = torch.where(mirrored.reshape(-1, 1, 1, 1), x0.flip(-1), x0)
     abar = schedule.abar[t]
     x_t = per_sample(abar.sqrt(), x0) * x0 + per_sample((1 - abar).sqrt(), x0) * eps
-    with autocast(config.precision, config.device):
-        prediction = state.unet(x_t.to(config.device), t.to(config.device)).sample
-    loss = (prediction.float() - eps.to(config.device)).pow(2).mean()
+    share = share_of(len(x0), config.accumulate)
+    mine = slice(share.rows.start, share.rows.stop)
+    x_t, t, eps = (rows[mine].to(config.device) for rows in (x_t, t, eps))
+
+    def loss_of(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(config.precision, config.device):
+            prediction = state.unet(x_t[part], t[part]).sample
+        return (prediction.float() - eps[part]).pow(2).mean(), {}
+
     state.step += 1
     rate = LearningRate(config.lr, config.warmup, config.lr_schedule).at(state.step, config.steps)
-    norm = apply_step(loss, state.optimiser, state.unet.parameters(), rate, config.clip)
+    parameters = state.unet.parameters()
+    update = apply_update(loss_of, share.parts, state.optimiser, parameters, rate, config.clip, state.scaler)
     update_ema(state.ema.parameters(), state.unet.parameters(), state.step, config.ema)
-    return {"loss": loss.item(), "grad_norm": norm, "lr": rate}
+    return {"loss": update.means["loss"], "grad_norm": update.norm, "lr": rate}
 
 
 def draw_batch(images: UInt8[Tensor, "N c h w"], size: int, generator: torch.Generator) -> UInt8[Tensor, "n c h w"]:
@@ -110,7 +135,8 @@ def sample(state: DDPMState, noise: PhiloxStreams) -> Float[Tensor, "n c h w"]:
 def state_dict(state: DDPMState) -> dict[str, Any]:
     """Tensors and plain JSON of a run."""
     networks = {"unet": dict(state.unet.state_dict()), "ema": dict(state.ema.state_dict())}
-    return {"step": state.step, **networks, "optimiser": state.optimiser.state_dict()}
+    optimiser = {"optimiser": state.optimiser.state_dict(), "scaler": state.scaler.state_dict()}
+    return {"step": state.step, **networks, **optimiser}
 
 
 def load_state_dict(state: DDPMState, tree: dict[str, Any]) -> None:
@@ -119,3 +145,4 @@ def load_state_dict(state: DDPMState, tree: dict[str, Any]) -> None:
     state.unet.load_state_dict(tree["unet"])
     state.ema.load_state_dict(tree["ema"])
     state.optimiser.load_state_dict(tree["optimiser"])
+    state.scaler.load_state_dict(tree.get("scaler", {}))

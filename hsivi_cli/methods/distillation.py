@@ -152,10 +152,10 @@ def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
 
 
 def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
-    """A configuration as plain JSON; what it runs on, device and kernels, is not part of it."""
+    """A configuration as plain JSON; how it is computed is not part of it."""
     fields = dataclasses.asdict(config)
-    for where in ("device", "kernels"):
-        fields.pop(where)
+    for how in ("device", "kernels", "accumulate", "compile"):
+        fields.pop(how)
     return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from hsivi_cli.engine.optimisation import Precision
+from hsivi_cli.engine.optimisation import TYPES, Precision
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.kernels.convert import fused
 from hsivi_cli.methods.student import Student, walk_fused
@@ -15,13 +15,13 @@ from hsivi_cli.methods.student import Student, walk_fused
 class GraphedChain:
     """`run(streams)` draws one batch of images, with a single launch from the CPU. Needs a GPU.
 
-    The network is a copy of the student's, in bfloat16 as a whole for that precision: autocast would cast the weights
-    of a network that is not being trained anew in every layer.
+    The network is a copy of the student's, in half the bits as a whole for such a precision: autocast would cast the
+    weights of a network that is not being trained anew in every layer.
     """
 
     def __init__(self, student: Student, n: int, precision: Precision = "fp32", channels_last: bool = False) -> None:
         device = next(student.unet.parameters()).device
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = TYPES.get(precision, torch.float32)
         layers, shape, log_gamma = student.layers, student.shape, student.log_gamma.to(device)
         # the graph computes with this memory: it has to live as long
         self.unet = copy.deepcopy(student.unet).to(device, dtype)

@@ -13,6 +13,9 @@ At t' = t_{k-1} it is the paper's objective `sm` again.
 One step is one rollout of the student, `critic_steps` critic updates and one student update. Between two student
 updates the student does not change, so the rollout's states and predictions serve every critic update: a fresh `zeta`
 gives a fresh, exactly on-policy layer output without another student forward.
+
+Several processes share the chains of a rollout and the rows of a batch. What is drawn for a row does not depend on who
+computes it, and gradients are means over the whole batch, so the course is that of one process up to rounding.
 """
 
 import copy
@@ -23,7 +26,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
+from hsivi_cli.engine import processes
+from hsivi_cli.engine.optimisation import (
+    LearningRate,
+    Precision,
+    ScheduleName,
+    Share,
+    apply_update,
+    autocast,
+    gradient_scaler,
+    share_of,
+    update_ema,
+)
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
@@ -70,6 +84,8 @@ class DistillConfig:
     seed: int = 0
     device: str = "cpu"
     kernels: Kernels = "torch"
+    accumulate: int = 1
+    compile: bool = False
 
     @property
     def chains(self) -> int:
@@ -97,6 +113,8 @@ class DistillState:
     critic_optimiser: torch.optim.Optimizer
     layers: LayerCoefficients
     config: DistillConfig
+    student_scaler: torch.amp.GradScaler
+    critic_scaler: torch.amp.GradScaler
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,10 @@ class Rollout:
     eps: Float[Tensor, "m c h w"]
     k: Int[Tensor, " m"]
     labels: Int[Tensor, " m"] | None = None
+
+    def labels_of(self, inputs: Int[Tensor, " n"]) -> Int[Tensor, " n"] | None:
+        """The classes of some inputs."""
+        return None if self.labels is None else self.labels[inputs]
 
 
 def check_donor(teacher: ScoreNet, donor: Student) -> None:
@@ -128,7 +150,8 @@ def check_donor(teacher: ScoreNet, donor: Student) -> None:
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
     """Student and critic start as copies of the teacher; the student may start from another student instead.
 
-    With `config.kernels` the norms of all three networks are fused, the teacher's in place.
+    With `config.kernels` the norms of all three networks are fused, the teacher's in place; `config.compile` compiles
+    them in place too, which leaves the names in their state dicts as they are.
     """
     if use_triton(config.kernels, next(target.unet.parameters())):
         from hsivi_cli.kernels.convert import fuse
@@ -143,18 +166,24 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
     log_gamma = nn.Parameter(torch.zeros(shapes[config.log_gamma], device=config.device))
     if warm_start is not None and config.log_gamma != "layer" and warm_start.log_gamma.shape == log_gamma.shape:
         log_gamma.data.copy_(warm_start.log_gamma)
+    ema_student = copy.deepcopy(student).eval().requires_grad_(False)
+    if config.compile:
+        for network in (student, critic, target.unet):
+            network.compile()
     return DistillState(
         step=0,
         student=student,
         log_gamma=log_gamma,
         critic=critic,
         teacher=target,
-        ema_student=copy.deepcopy(student).eval().requires_grad_(False),
+        ema_student=ema_student,
         ema_log_gamma=log_gamma.detach().clone(),
         student_optimiser=torch.optim.Adam([*student.parameters(), log_gamma], config.lr_student, amsgrad=True),
         critic_optimiser=torch.optim.Adam(critic.parameters(), config.lr_critic, amsgrad=True),
         layers=layer_coefficients(config.grid, config.eta, target.schedule),
         config=config,
+        student_scaler=gradient_scaler(config.precision, config.device),
+        critic_scaler=gradient_scaler(config.precision, config.device),
     )
 
 
@@ -163,13 +192,29 @@ def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) 
     config = state.config
     state.step += 1
     draws = StepDraws(config.seed, state.step, generator, config.device)
-    chains, rows = range(config.rollout_chains), range(config.batch)
-    rollout = roll_out(state, draws, chains)
+    share = share_of(config.batch, config.accumulate)
+    rollout = roll_out_together(state, draws)
     for update in range(config.critic_steps):
         if update and not config.rollout_cache:
-            rollout = roll_out(state, draws, chains)
-        critic_metrics = critic_step(state, rollout, draws, rows)
-    return critic_metrics | student_step(state, rollout, draws, rows)
+            rollout = roll_out_together(state, draws)
+        critic_metrics = critic_step(state, rollout, draws, share)
+    return critic_metrics | student_step(state, rollout, draws, share)
+
+
+def roll_out_together(state: DistillState, draws: StepDraws) -> Rollout:
+    """The whole rollout, in every process, of which each computes its share of the chains."""
+    shares = [processes.share(state.config.rollout_chains, of=rank) for rank in range(processes.count())]
+    mine = shares[processes.rank()]
+    rollout = roll_out(state, draws, mine or range(1))  # with more processes than chains, one that is not used
+    if len(shares) == 1:
+        return rollout
+
+    def whole(rows: Tensor) -> Tensor:
+        by_chain = rows.unflatten(0, (-1, len(mine) or 1)).transpose(0, 1)[: len(mine)]
+        return processes.gather(by_chain, [len(share) for share in shares]).transpose(0, 1).flatten(0, 1)
+
+    x, eps = whole(torch.stack([rollout.x, rollout.eps], 1)).unbind(1)
+    return Rollout(x, eps, whole(rollout.k), None if rollout.labels is None else whole(rollout.labels))
 
 
 @torch.no_grad()
@@ -199,53 +244,62 @@ def roll_out(state: DistillState, draws: StepDraws, chains: range) -> Rollout:
     return Rollout(x, eps, k, labels)
 
 
-def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: range) -> dict[str, float]:
+def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, share: Share) -> dict[str, float]:
     """Regress the critic on the noise of the student's diffused outputs; nothing reaches the student.
 
-    `rows` are the ones to compute here, of the `config.batch` of all processes; `rollout` is the whole rollout.
+    `share` is what to compute here, of the `config.batch` rows of all processes; `rollout` is the whole rollout.
     """
     config = state.config
-    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
-    with torch.no_grad():
-        mean = layer_mean(rollout.x[inputs], rollout.eps[inputs], k, state.layers)
-        at = _compare(state, mean, k, t, zeta)
-    labels = None if rollout.labels is None else rollout.labels[inputs]
-    loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at.target, at.noise_scale)
+    drawn = _draw_comparison(state, rollout, draws, share.rows)
+
+    def loss_of(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs, k, zeta, t = (values[part] for values in drawn)
+        with torch.no_grad():
+            mean = layer_mean(rollout.x[inputs], rollout.eps[inputs], k, state.layers)
+            at = _compare(state, mean, k, t, zeta)
+        critic_eps = _eps(state, state.critic, at.y, at.t, rollout.labels_of(inputs))
+        return critic_loss(critic_eps, at.target, at.noise_scale), {}
+
     rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
-    norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
-    return {"critic_loss": loss.item(), "critic_grad_norm": norm}
+    optimiser, parameters = state.critic_optimiser, state.critic.parameters()
+    update = apply_update(loss_of, share.parts, optimiser, parameters, rate, config.clip, state.critic_scaler)
+    return {"critic_loss": update.means["loss"], "critic_grad_norm": update.norm}
 
 
-def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: range) -> dict[str, float]:
+def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share: Share) -> dict[str, float]:
     """Move the student along the objective's gradient; critic and teacher are left as they are.
 
-    `rows` and `rollout` as in `critic_step`.
+    `share` and `rollout` as in `critic_step`.
     """
     config = state.config
-    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
-    x, labels = rollout.x[inputs], None if rollout.labels is None else rollout.labels[inputs]
-    eps = _eps(state, state.student, x, state.layers.times[k], labels)
-    at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
-    state.critic.requires_grad_(False)
-    with torch.set_grad_enabled(config.objective != "diffused-kl"):
-        critic_eps = _eps(state, state.critic, at.y, at.t, labels)
-        teacher_eps = _eps(state, state.teacher.unet, at.y, at.t, labels)
-        fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
-    state.critic.requires_grad_(True)
-    loss = fisher
-    if config.objective == "diffused-kl":
-        loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
+    drawn = _draw_comparison(state, rollout, draws, share.rows)
+
+    def loss_of(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs, k, zeta, t = (values[part] for values in drawn)
+        x, labels = rollout.x[inputs], rollout.labels_of(inputs)
+        eps = _eps(state, state.student, x, state.layers.times[k], labels)
+        at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
+        with torch.set_grad_enabled(config.objective != "diffused-kl"):
+            critic_eps = _eps(state, state.critic, at.y, at.t, labels)
+            teacher_eps = _eps(state, state.teacher.unet, at.y, at.t, labels)
+            loss = fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
+        if config.objective == "diffused-kl":
+            loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
+        gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
+        return loss, {"fisher": fisher, "critic_gap": gap}
+
     rate = LearningRate(config.lr_student, config.warmup, config.lr_schedule).at(state.step, config.steps)
-    parameters = [*state.student.parameters(), state.log_gamma]
-    norm = apply_step(loss, state.student_optimiser, parameters, rate, config.clip)
+    optimiser, parameters = state.student_optimiser, [*state.student.parameters(), state.log_gamma]
+    state.critic.requires_grad_(False)
+    update = apply_update(loss_of, share.parts, optimiser, parameters, rate, config.clip, state.student_scaler)
+    state.critic.requires_grad_(True)
     update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
     update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
-    gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
     return {
-        "student_loss": loss.item(),
-        "student_grad_norm": norm,
-        "fisher": fisher.item(),
-        "critic_gap": gap.item(),
+        "student_loss": update.means["loss"],
+        "student_grad_norm": update.norm,
+        "fisher": update.means["fisher"],
+        "critic_gap": update.means["critic_gap"],
         "log_gamma": state.log_gamma.mean().item(),
         "lr_student": rate,
     }
@@ -300,6 +354,8 @@ def state_dict(state: DistillState) -> dict[str, Any]:
         "ema_log_gamma": state.ema_log_gamma,
         "student_optimiser": state.student_optimiser.state_dict(),
         "critic_optimiser": state.critic_optimiser.state_dict(),
+        "student_scaler": state.student_scaler.state_dict(),
+        "critic_scaler": state.critic_scaler.state_dict(),
     }
 
 
@@ -313,3 +369,5 @@ def load_state_dict(state: DistillState, tree: dict[str, Any]) -> None:
     state.ema_log_gamma.copy_(tree["ema_log_gamma"])
     state.student_optimiser.load_state_dict(tree["student_optimiser"])
     state.critic_optimiser.load_state_dict(tree["critic_optimiser"])
+    state.student_scaler.load_state_dict(tree.get("student_scaler", {}))
+    state.critic_scaler.load_state_dict(tree.get("critic_scaler", {}))

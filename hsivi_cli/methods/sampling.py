@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from hsivi_cli.engine import processes
 from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
@@ -190,7 +191,7 @@ def draw_images(
     on_batch: Callable[[int], object] | None = None,
     first: int = 0,
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Images `first .. first + n - 1` of `seed`, in batches, uint8 and channels last.
+    """Images `first .. first + n - 1` of `seed`, in batches, uint8 and channels last; several processes take turns.
 
     Image j has its own noise stream, named by `seed` and `j`: the noise does not depend on `batch_size` or on where the
     range starts; rounding may move a pixel by one grey level. `on_batch(count)` is told after each batch. Raises
@@ -199,12 +200,14 @@ def draw_images(
     if first + n > 2**63 or seed >= 2**63:
         flag = f"--seed {seed}" if seed >= 2**63 else f"-n {n}"
         raise InputError(f"{flag} is too large: choose a number below 2^63")
-    for start in range(first, first + n, batch_size):
-        indices = range(start, min(start + batch_size, first + n))
-        images = to_uint8(_run(sampler, PhiloxStreams(seed, indices), start))
+
+    def draw(indices: range) -> Tensor:
+        return torch.from_numpy(to_uint8(_run(sampler, PhiloxStreams(seed, indices), indices.start)))
+
+    for images in processes.in_turns(draw, n, batch_size, first):
         if on_batch is not None:
             on_batch(len(images))
-        yield images
+        yield images.numpy()
 
 
 def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:

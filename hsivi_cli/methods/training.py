@@ -128,8 +128,9 @@ def publish(state: ddpm.DDPMState, directory: Path) -> None:
 
 
 def resolved(config: ddpm.DDPMConfig, data: dict[str, Any]) -> dict[str, Any]:
-    """The run's configuration as plain JSON, with the data's name and hash; the device is not part of it."""
+    """The run's configuration as plain JSON, with the data's name and hash; how it is computed is not part of it."""
     fields = dataclasses.asdict(config)
-    fields.pop("device")
+    for how in ("device", "accumulate", "compile"):
+        fields.pop(how)
     fields["unet"] = {k: list(v) if isinstance(v, tuple) else v for k, v in fields["unet"].items()}
     return {"method": "ddpm", "data": data} | fields

@@ -129,7 +129,7 @@ def test_bf16_draws_nearly_the_same_images_and_says_so(tiny_student, tmp_path, c
     assert main(argv) == 0
     assert np.abs(np.load(tmp_path / "other.npy").astype(int) - drawn["fp32"]).mean() > 20
     capsys.readouterr()
-    fails(capsys, 2, "--precision", tiny_student, "--precision", "fp16", "--out", tmp_path / "a.png")
+    fails(capsys, 2, "--precision", tiny_student, "--precision", "fp8", "--out", tmp_path / "a.png")
 
 
 def test_bf16_reaches_a_solver_too(tiny_teacher, tmp_path, capsys):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.engine.optimisation import share_of
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws, Stream, generator
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
@@ -41,7 +42,7 @@ def test_critic_step_moves_the_critic_alone(tiny_teacher, objective):
     draws = step_draws(1)
     rollout = hsivi_sm.roll_out(state, draws, range(8))
     student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
-    hsivi_sm.critic_step(state, rollout, draws, range(6))
+    hsivi_sm.critic_step(state, rollout, draws, share_of(6))
     assert moved(critic, state.critic)
     assert not moved(student, state.student)
     assert not moved(teacher, state.teacher.unet)
@@ -60,7 +61,7 @@ def test_student_step_moves_the_student_and_log_gamma_alone(tiny_teacher, object
         p.grad = None
     student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
     log_gamma = state.log_gamma.detach().clone()
-    hsivi_sm.student_step(state, rollout, draws, range(6))
+    hsivi_sm.student_step(state, rollout, draws, share_of(6))
     assert moved(student, state.student)
     assert not torch.equal(log_gamma, state.log_gamma)
     assert not moved(critic, state.critic)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
+from hsivi_cli.engine.optimisation import share_of
 from hsivi_cli.engine.seeds import StepDraws, Stream, generator
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
@@ -135,7 +136,7 @@ def test_student_step_follows_the_gradient_of_the_written_formula(objective):
     else:
         loss = (s**2 * (2 * gap * (target - teacher) - gap**2)).sum() / len(y)
     expected = torch.autograd.grad(loss, [slope, log_gamma])
-    hsivi_sm.student_step(state, rollout, step_draws(2), range(64))
+    hsivi_sm.student_step(state, rollout, step_draws(2), share_of(64))
     torch.testing.assert_close(state.student.slope.grad, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state.log_gamma.grad, expected[1], rtol=1e-4, atol=1e-4)
 
