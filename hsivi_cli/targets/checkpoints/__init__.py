@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, converted onto networks that are called `network(x, t) -> eps`."""
