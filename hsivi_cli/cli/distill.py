@@ -118,7 +118,8 @@ def distill(
     if out is None and not dry_run:
         raise InputError("--out is missing: name a run directory to write, or use --dry-run")
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
-    teacher = load_score_net(score_net, device, about)
+    with console.guarded_stdout():  # of a user's own file
+        teacher = load_score_net(score_net, device, about)
     for note in teacher.notes:
         console.story(note)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"
@@ -165,7 +166,7 @@ def distill(
         for k, config in configs.items():
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
             events = distillation.training_directory(out, k) if tensorboard else None
-            with follow(f"NFE {k}", steps, events) as follower:
+            with follow(f"NFE {k}", steps, events) as follower, console.guarded_stdout():
                 distillation.distill(teacher, config, out, _followed(outputs, follower), start, network)
             start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:

@@ -157,7 +157,8 @@ def _open_samples(
     solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
     if path is None or solver or (path.is_dir() and ((path / "unet").is_dir() or find_students(path))):
-        sampler = open_sampler(path, nfe, device=device, **solving)
+        with console.guarded_stdout():  # of a user's own file
+            sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
         drawn["quantisation"] = sampler.description["quantisation"]
         if solver is None:

@@ -119,9 +119,10 @@ def sample(
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
     if compiled:  # it writes its own kernels, and cannot look into ours
         with_kernels = options.resolve_kernels("torch", device)
-    sampler = open_sampler(
-        student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled
-    )
+    with console.guarded_stdout():  # of a user's own file
+        sampler = open_sampler(
+            student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled
+        )
     destination = processes.from_main(lambda: _open(out, n, sampler.shape, force))
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {_where(device, n, batch_size)}")
     start = time.perf_counter()

@@ -4,9 +4,10 @@
 it, named anew each time: a directory must not run code by being opened.
 """
 
+import importlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, write_json
 from hsivi_cli.networks.noise_prediction import PLAIN, PlainNetwork
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
-
+# classes that a directory may name, and the modules they are in
+NETWORKS = {
+    "UNet2DModel": "diffusers",
+    "MultiheadUNet": "hsivi_cli.networks.multihead_unet",
+    "EDMUNet": "hsivi_cli.networks.edm_unet",
+}
 MAX_SIDE = 4096
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -42,11 +46,11 @@ def load_network(directory: Path, network: str | None = None) -> nn.Module:
         return _load_plain(directory, config, network)
     if network is not None:
         raise InputError(f"--network {network}: {directory} holds a {kind}, which needs none: leave it out")
-    if kind != "UNet2DModel":
-        raise InputError(f"{directory / CONFIG}: {kind} is not supported, only UNet2DModel")
+    if kind not in NETWORKS:
+        raise InputError(f"{directory / CONFIG}: {kind} is not supported, only {', '.join(NETWORKS)}")
     check_pixel_space(config, directory / CONFIG)
     tensors = read_weights(directory / WEIGHTS, directory)
-    return fill(lambda: _build(config, directory / CONFIG), tensors, directory / WEIGHTS)
+    return fill(lambda: _build(kind, config, directory / CONFIG), tensors, directory / WEIGHTS)
 
 
 def save_network(net: nn.Module, directory: Path) -> None:
@@ -149,12 +153,10 @@ def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: P
         raise InputError(f"{where} does not fit its {CONFIG}: {len(wrong)} weights differ, the first is {wrong[0]}")
 
 
-def _build(config: dict[str, Any], where: Path) -> "UNet2DModel":
-    from diffusers import UNet2DModel
-
+def _build(kind: str, config: dict[str, Any], where: Path) -> nn.Module:
+    cls = getattr(importlib.import_module(NETWORKS[kind]), kind)
     try:
-        unet = UNet2DModel.from_config(config)
+        unet: nn.Module = cls.from_config(config)
     except Exception as err:  # diffusers raises whatever its layers raise
-        raise InputError(f"{where} does not describe a UNet2DModel ({err})") from err
-    assert isinstance(unet, UNet2DModel)
+        raise InputError(f"{where} does not describe a {kind} ({err})") from err
     return unet

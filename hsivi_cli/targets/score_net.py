@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import read_json
+from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.networks.noise_prediction import class_count, predict_eps
 from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network
 
@@ -104,7 +104,39 @@ def score_net_sha256(unet_directory: Path, schedule: NoiseSchedule) -> str:
 
 def _from_file(path: Path, device: str, options: NetworkOptions) -> ScoreNet:
     """A file of weights: of the user's own network, or in a layout that we know."""
-    raise InputError(f"{path} is a file: {NAME_IT}")
+    from hsivi_cli.targets.user_network import load_user_network
+
+    network, suggested = options.network, dict[str, Any]()
+    unet: nn.Module
+    if network is not None and not network.endswith(".json"):
+        if options.shape is None:
+            raise InputError(f"{path} does not say how large an image is: add --shape C,H,W, as --shape 3,32,32")
+        unet, found = load_user_network(path, network, options.shape)
+    else:
+        from hsivi_cli.targets.checkpoints.registry import convert_checkpoint
+
+        converted = convert_checkpoint(path, read_json(Path(network)) if network else None, options.shape)
+        unet, found, suggested = converted.network, converted.notes, converted.schedule
+    fields = {"beta_schedule": "linear"} | suggested | options.schedule
+    schedule = schedule_from_config(fields, where="--schedule")
+    if not options.schedule:
+        kind, steps = schedule.config["beta_schedule"], schedule.num_train_timesteps
+        found = (*found, f"noise schedule assumed: {kind} betas, {steps} times (say otherwise with --schedule)")
+    unet = _follow(unet, schedule).to(device).eval().requires_grad_(False)
+    digest = hashlib.sha256(sha256(path).encode())
+    config: Any = unet.config
+    digest.update(json.dumps([dict(config), schedule.config], sort_keys=True, default=str).encode())
+    return ScoreNet(unet, schedule, path, digest.hexdigest(), found)
+
+
+def _follow(unet: nn.Module, schedule: NoiseSchedule) -> nn.Module:
+    """A network that keeps the schedule in itself, as EDM's must, with this one; others as they are."""
+    config: Any = unet.config
+    if "schedule" not in config:
+        return unet
+    made = type(unet)(**{k: v for k, v in config.items() if k[0] != "_"} | {"schedule": schedule.config})
+    made.load_state_dict(unet.state_dict())
+    return made
 
 
 def _hint(path: Path) -> str:

@@ -1,13 +1,16 @@
 """A user's own network: `--network my_net.py:build`, whose `build()` returns a torch module called as `net(x, t)`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import sha256
 from hsivi_cli.networks.noise_prediction import PlainNetwork
+from hsivi_cli.targets.checkpoints.fit import Fitted, check_fit, fit_keys
+from hsivi_cli.targets.checkpoints.read import read_tensors
 from hsivi_cli.targets.model_calls import describe
 from hsivi_cli.targets.user_model import run_user_file
 
@@ -33,6 +36,35 @@ def build_user_network(network: str, shape: tuple[int, int, int]) -> PlainNetwor
     if not isinstance(net, nn.Module):
         raise InputError(f"--network {network}: {name}() returned a {type(net).__name__}, not a torch.nn.Module")
     return PlainNetwork(net, shape, network, sha256(path))
+
+
+def load_user_network(path: Path, network: str, shape: tuple[int, int, int]) -> tuple[PlainNetwork, tuple[str, ...]]:
+    """The user's network with the weights of the file `path`, and notes on what was run and how the names were fitted.
+
+    Raises InputError, in one line, as `build_user_network`, `read_tensors` and `try_network` do.
+    """
+    tensors = read_tensors(path)  # before anything of the user's is run
+    built = build_user_network(network, shape)
+    fitted = _fit(tensors.tensors, built.net.state_dict())
+    check_fit(fitted, path, f"--network {network}")
+    built.net.load_state_dict(fitted.tensors)
+    try_network(built.eval(), network)
+    return built, (f"ran {network}, as --network says", *tensors.notes, *fitted.notes)
+
+
+def _fit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> Fitted:
+    """`fit_keys`, also where the user's module wraps the network in others, which stand before all of its names."""
+    best, wrapper = fit_keys(tensors, expected), ""
+    for parts in zip(*(name.split(".")[:-1] for name in expected), strict=False):
+        if len(set(parts)) > 1:
+            break
+        wrapper += f"{parts[0]}."
+        inside = {name.removeprefix(wrapper): tensor for name, tensor in expected.items()}
+        fitted = fit_keys(tensors, inside)
+        if len(fitted.tensors) > len(best.tensors):
+            renamed = {wrapper + name: tensor for name, tensor in fitted.tensors.items()}
+            best = replace(fitted, tensors=renamed, added=wrapper)
+    return best
 
 
 def try_network(network: PlainNetwork, network_name: str) -> None:

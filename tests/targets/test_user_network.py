@@ -1,0 +1,168 @@
+"""`--network FILE:FUNCTION`: a stranger's network, distilled and drawn from; each mistake is told in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hsivi_cli.cli.app import main
+from hsivi_cli.errors import InputError
+from hsivi_cli.targets.score_net import NetworkOptions, load_score_net
+
+SHAPE = (1, 8, 8)
+GOOD = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Embedding(1000, 1)
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.conv(x) * self.scale(t.reshape(-1, 1)).reshape(-1, 1, 1, 1)
+
+def build():
+    print("building")
+    return Net()
+"""
+
+
+@pytest.fixture
+def network(tmp_path):
+    """`network(source)`: writes my_net.py, and weights of the good network as a training script would save them."""
+
+    def write(source=GOOD, prefix="module.", save=torch.save, name="weights.pt"):
+        (tmp_path / "my_net.py").write_text(source)
+        namespace = {}
+        exec(GOOD, namespace)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            weights = namespace["build"]().state_dict()
+        save({prefix + key: value for key, value in weights.items()}, tmp_path / name)
+        return tmp_path / name, f"{tmp_path / 'my_net.py'}:build", weights
+
+    return write
+
+
+def load(path, build, shape=SHAPE, **schedule):
+    return load_score_net(path, options=NetworkOptions(build, shape, schedule))
+
+
+def test_weights_reach_the_network_whatever_stands_before_their_names(network):
+    path, build, weights = network()
+    net = load(path, build)
+    assert net.shape == SHAPE
+    assert all(torch.equal(net.unet.net.state_dict()[key], value) for key, value in weights.items())
+    assert any("module." in note for note in net.notes)
+    assert any("my_net.py" in note for note in net.notes)
+    assert any("assumed" in note for note in net.notes)
+    assert not any("assumed" in note for note in load(path, build, beta_schedule="linear").notes)
+    x, t = torch.randn(3, *SHAPE), torch.tensor([0, 5, 999])
+    torch.testing.assert_close(net.eps(x, 5)[1], net.eps(x, t)[1])
+
+
+def test_a_wrapper_of_ones_own_may_put_the_network_anywhere(network):
+    wrapped = GOOD.replace("return Net()", "net = torch.nn.Module()\n    net.inner = Net()\n    return Wrapped(net)")
+    wrapped += """
+class Wrapped(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net.inner(x, t)
+"""
+    path, build, weights = network(wrapped)
+    found = load(path, build).unet.net.net.inner.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+def test_the_hash_names_weights_and_schedule(network):
+    path, build, _ = network()
+    hashes = {load(path, build).sha256, load(path, build, beta_end=0.03).sha256}
+    _, _, weights = network()
+    torch.save({key: value + 1 for key, value in weights.items()}, path)
+    assert len(hashes | {load(path, build).sha256}) == 3
+    assert load(path, build).sha256 == load(path, build).sha256
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("def build(:", "SyntaxError"),
+        ("x = 1", "no function build"),
+        ("build = 3", "no function build"),
+        ("def build(): return 3", "int, not a torch.nn.Module"),
+        ("def build(): raise ValueError('no')", "ValueError: no"),
+        ("import nothing_like_it", "ModuleNotFoundError"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        (GOOD.replace("self.conv(x) *", "self.conv(x)[:, :, 1:] *"), "--shape right"),
+        (GOOD.replace("t.reshape(-1, 1)", "t.reshape(7, 1)"), "RuntimeError"),
+        (GOOD.replace("return self.conv(x)", "return 3 and {'a': 1} or self.conv(x)"), "dict"),
+        (GOOD.replace("Conv2d(1, 1, 3", "Conv2d(1, 1, 5"), "does not fit"),
+        (GOOD.replace("self.conv =", "self.other ="), "does not fit"),
+    ],
+)
+def test_mistakes_in_the_file_are_told_in_one_line(network, source, what):
+    path, build, _ = network(source)
+    with pytest.raises(InputError, match=what) as caught:
+        load(path, build)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_want_code_are_refused_before_any_file_is_run(network, tmp_path):
+    path, build, _ = network("raise AssertionError('was run')")
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    torch.save({"w": Evil()}, path)
+    with pytest.raises(InputError, match="running code") as caught:
+        load(path, build)
+    assert "was run" not in str(caught.value)
+
+
+def test_missing_flags_are_named(network):
+    path, build, _ = network()
+    with pytest.raises(InputError, match="--shape C,H,W"):
+        load(path, build, shape=None)
+
+
+def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
+    path, build, _ = network()
+    monkeypatch.chdir(tmp_path)
+    teacher = ["--network", build, "--shape", "1,8,8", "--schedule", "linear"]
+    small = [
+        "--nfe",
+        "2",
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--rollout",
+        "2",
+        "--critic-steps",
+        "1",
+        "--preview-every",
+        "1",
+    ]
+    assert main(["distill", "--score-net", str(path), *teacher, *small, "--out", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("run\n")
+    assert out.count("building") == 1  # the fixture's: what a user's file prints is no result
+    assert err.count("building") == 2
+    assert main(["sample", "run", "-n", "3", "--out", "a.npy"]) == 2
+    assert "--network" in capsys.readouterr().err
+    assert main(["sample", "run", "--network", build, "-n", "3", "--out", "a.npy"]) == 0
+    assert np.load("a.npy").shape == (3, 8, 8, 1)
+    capsys.readouterr()
+    assert main(["inspect", "run/nfe2", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["network"] == build
+    assert facts["parameters"] == 1000 + 10
+    assert main(["sample", str(path), *teacher, "--solver", "ddim", "--nfe", "3", "-n", "2", "--out", "b.npy"]) == 0
+    resumed = ["distill", "--score-net", str(path), *teacher, *small, "--out", "run", "--resume"]
+    assert main(resumed) == 0
