@@ -6,6 +6,7 @@ names too once they are imported, before us or after; nothing is imported for it
 """
 
 import sys
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -13,16 +14,18 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "hsivi_cli"
-# what each of their modules is to answer for: our classes, and our package as a home of components
-NAMES = {"diffusers": ("HSIVIPipeline", "HSIVIScheduler"), "diffusers.pipelines": (PACKAGE,)}
+NETWORKS = f"{PACKAGE}.networks."
+PIPELINES = "diffusers.pipelines"
+MODULES = ("diffusers", PIPELINES)
+CLASSES = ("HSIVIPipeline", "HSIVIScheduler")
 
 
 def tell_diffusers() -> None:
     """Make diffusers answer for our names, now where it is imported, else as soon as it is."""
-    for name in NAMES:
+    for name in MODULES:
         if name in sys.modules:
             _extend(sys.modules[name])
-    if not all(name in sys.modules for name in NAMES) and not any(isinstance(f, _Finder) for f in sys.meta_path):
+    if not all(name in sys.modules for name in MODULES) and not any(isinstance(f, _Finder) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -32,10 +35,15 @@ def _extend(module: ModuleType) -> None:
         return  # told already; or not as we know it, and then `HSIVIPipeline.from_pretrained` still opens a student
 
     def __getattr__(name: str) -> Any:
-        if name not in NAMES[module.__name__]:
-            raise AttributeError(f"module {module.__name__} has no attribute {name}")
-        ours = sys.modules[PACKAGE]
-        return ours if name == PACKAGE else getattr(ours, name)
+        if name in CLASSES and module.__name__ == "diffusers":
+            return getattr(sys.modules[PACKAGE], name)
+        # where components live, as `model_index.json` names it: the package, or the module of a network of ours
+        if (name == PACKAGE or name.startswith(NETWORKS)) and module.__name__ == PIPELINES:
+            try:
+                return import_module(name)
+            except ModuleNotFoundError:
+                pass
+        raise AttributeError(f"module {module.__name__} has no attribute {name}")
 
     vars(module)["__getattr__"] = __getattr__
 
@@ -47,8 +55,8 @@ class _Finder(MetaPathFinder):
         self._searching = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of one of NAMES, with a loader that tells it our names; None for every other module."""
-        if name not in NAMES or self._searching:
+        """The spec of one of MODULES, with a loader that tells it our names; None for every other module."""
+        if name not in MODULES or self._searching:
             return None
         self._searching = True
         try:

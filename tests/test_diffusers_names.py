@@ -28,6 +28,9 @@ assert type(pipe.scheduler) is hsivi_cli.HSIVIScheduler
 assert len(pipe(batch_size=2, seed=0).images) == 2
 assert diffusers.HSIVIPipeline is hsivi_cli.HSIVIPipeline
 assert diffusers.pipelines.hsivi_cli is hsivi_cli
+assert getattr(diffusers.pipelines, "hsivi_cli.networks.embedding").__name__ == "hsivi_cli.networks.embedding"
+for name in ("hsivi_cli.networks.none", "hsivi_cli.__main__", "hsivi", "os"):
+    assert not hasattr(diffusers.pipelines, name), name
 assert not hasattr(diffusers, "HSIVINothing")
 assert diffusers.DDIMPipeline.__name__ == "DDIMPipeline"
 """

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.io.files import write_json
 from hsivi_cli.methods.scheduler import HSIVIScheduler
 from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA, Student, chain_fields, load_student
+from hsivi_cli.networks.noise_prediction import class_count, sample_labels
 from hsivi_cli.targets.network_files import image_shape
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 class HSIVIPipeline(DiffusionPipeline):
     """Images in as many network evaluations as the scheduler's grid has layers.
 
-    `unet` is any diffusers model called as `unet(x, t)` or `unet(x, t, class_labels=...)`. A scheduler of another kind
-    is replaced by an HSIVIScheduler of the same noise schedule, with which any such network can be sampled.
+    `unet` is any network called as `unet(x, t)` or `unet(x, t, class_labels=...)` that has a `config` with the image's
+    shape; only diffusers' models can be saved. A scheduler of another kind is replaced by an HSIVIScheduler of the same
+    noise schedule, with which any such network can be sampled.
     """
 
     __module__ = "hsivi_cli"
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin) -> None:
+    def __init__(self, unet: nn.Module, scheduler: SchedulerMixin) -> None:
         super().__init__()
         if not isinstance(scheduler, HSIVIScheduler):
             scheduler = HSIVIScheduler.from_config(scheduler.config)
@@ -54,11 +56,16 @@ class HSIVIPipeline(DiffusionPipeline):
         return cls(student.unet, scheduler_of(student))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "HSIVIPipeline":
-        """As DiffusionPipeline's; also a student directory without model_index.json, and a file of `hsivi export`."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, network: str | None = None, **kwargs: Any
+    ) -> "HSIVIPipeline":
+        """As DiffusionPipeline's; also a student directory without model_index.json, and a file of `hsivi export`.
+
+        `network` is the `FILE:FUNCTION` that builds the network of a student of a network of your own; it is run.
+        """
         path = Path(pretrained_model_name_or_path)
         if path.suffix == ".safetensors" or ((path / DESCRIPTION).is_file() and not (path / cls.config_name).is_file()):
-            pipeline = cls.from_student(load_student(path))
+            pipeline = cls.from_student(load_student(path, network=network))
             dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
             return pipeline.to(dtype) if isinstance(dtype, torch.dtype) else pipeline
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -105,7 +112,8 @@ class HSIVIPipeline(DiffusionPipeline):
             raise ValueError("seed and generator both name the noise: give one of them")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one a sample")
-        device, shape = self._execution_device, image_shape(self.unet)
+        weight, shape = next(self.unet.parameters()), image_shape(self.unet)
+        device = self._execution_device if isinstance(self.unet, ModelMixin) else weight.device
         streams = None if seed is None else PhiloxStreams(seed, range(first, first + batch_size))
 
         def draw() -> Float[Tensor, "n c h w"]:
@@ -113,31 +121,31 @@ class HSIVIPipeline(DiffusionPipeline):
                 return streams.draw(shape, device)
             return randn_tensor((batch_size, *shape), generator=generator, device=device, dtype=torch.float32)
 
-        conditions = self._conditions(class_labels, batch_size, first, device)
+        labels = self._labels(class_labels, batch_size, first, device)
+        conditions = {} if labels is None else {"class_labels": labels}
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = draw()
         for t in self.progress_bar(self.scheduler.timesteps):
-            output = self.unet(x.to(self.unet.dtype), t, **conditions).sample
+            output = self.unet(x.to(weight.dtype), t, **conditions)
+            output = getattr(output, "sample", output)
             noise = None if t == self.scheduler.timesteps[-1] else draw()
             x = self.scheduler.step(output, t, x, variance_noise=noise).prev_sample
         self.maybe_free_model_hooks()
         images = convert(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _conditions(
+    def _labels(
         self, class_labels: int | Sequence[int] | Tensor | None, batch_size: int, first: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        classes = int(self.unet.config.get("num_class_embeds") or 0)
+    ) -> Int[Tensor, " n"] | None:
+        classes = class_count(self.unet)
+        if class_labels is None:
+            return sample_labels(classes, range(first, first + batch_size), device=device)
         if not classes:
-            if class_labels is not None:
-                raise ValueError("class_labels: this network is not conditioned on classes")
-            return {}
-        wanted = range(first, first + batch_size) if class_labels is None else class_labels
-        labels = torch.as_tensor(list(wanted) if isinstance(wanted, range) else wanted, dtype=torch.int64)
-        labels = labels % classes if class_labels is None else labels
-        if labels.numel() not in (1, batch_size) or bool(((labels < 0) | (labels >= classes)).any()):
+            raise ValueError("class_labels: this network is not conditioned on classes")
+        labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1)
+        if len(labels) not in (1, batch_size) or bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(f"class_labels {labels.tolist()}: give one, or one a sample, from 0 to {classes - 1}")
-        return {"class_labels": labels.reshape(-1).expand(batch_size).to(device)}
+        return labels.expand(batch_size).to(device)
 
 
 def scheduler_of(student: Student) -> HSIVIScheduler:

@@ -22,8 +22,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
+from hsivi_cli.bridges.schedule import PREDICTION_TYPES, make_grid, schedule_from_config
 from hsivi_cli.errors import InputError
+from hsivi_cli.networks.noise_prediction import to_eps
 from hsivi_cli.transitions.gaussian_layer import (
     LayerCoefficients,
     layer_coefficients,
@@ -33,7 +34,6 @@ from hsivi_cli.transitions.gaussian_layer import (
 )
 
 ENCODING = "float32"  # the field of an encoded map, and its little-endian type
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class HSIVIScheduler(SchedulerMixin, ConfigMixin):
@@ -117,17 +117,6 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """The network's input: the sample itself."""
         return sample
 
-    def to_eps(self, model_output: Tensor, sample: Tensor, layer: int) -> Tensor:
-        """The predicted noise, whatever the network predicts; channels behind the sample's are learned variances."""
-        assert self.layers is not None
-        output = model_output[:, : sample.shape[1]].to(sample.dtype)
-        signal, noise = float(self.layers.abar[layer].sqrt()), float(self.layers.noise_scale[layer])
-        if self.config["prediction_type"] == "v_prediction":
-            return signal * output + noise * sample
-        if self.config["prediction_type"] == "sample":
-            return (sample - signal * output) / noise
-        return output
-
     def step(
         self,
         model_output: Float[Tensor, "n c_out h w"],
@@ -148,9 +137,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"timestep {int(timestep)} is not one of {times[:0:-1]}: walk scheduler.timesteps")
         layer = times.index(int(timestep))
         x = sample if sample.dtype == torch.float64 else sample.float()
-        eps = self.to_eps(model_output, x, layer)
-        signal, noise = float(self.layers.abar[layer].sqrt()), float(self.layers.noise_scale[layer])
-        origin = (x - noise * eps) / signal
+        abar, kind = self.layers.abar[layer], self.config["prediction_type"]
+        eps = to_eps(model_output.to(x.dtype), x, abar.to(x.device), kind)
+        origin = (x - float(self.layers.noise_scale[layer]) * eps) / float(abar.sqrt())
         k = torch.full((len(x),), layer)
         mean = layer_mean(x, eps, k, self.layers)
         if self.config["clip_sample"]:  # as DDIMScheduler: x_0 is clamped, its direction stays

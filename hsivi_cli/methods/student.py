@@ -25,7 +25,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
 from hsivi_cli.kernels.choice import Kernels, use_triton
-from hsivi_cli.networks.noise_prediction import class_count, predict_eps, sample_labels
+from hsivi_cli.networks.noise_prediction import PlainNetwork, class_count, predict_eps, sample_labels
 from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network, save_network
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
 
@@ -175,12 +175,16 @@ def chain_fields(grid: Sequence[int], eta: float, schedule: NoiseSchedule) -> di
 
 
 def save_pipeline_files(student: Student, directory: Path) -> None:
-    """Write model_index.json and scheduler/, by which diffusers opens a student; we read neither ourselves."""
+    """Write model_index.json and scheduler/, by which diffusers opens a student; we read neither ourselves.
+
+    A network of the user's own gets the scheduler only: diffusers cannot build it.
+    """
     from hsivi_cli.methods.pipeline import HSIVIPipeline
 
     pipeline = HSIVIPipeline.from_student(student)
     pipeline.scheduler.save_pretrained(directory / "scheduler")
-    pipeline.save_config(directory)
+    if not isinstance(student.unet, PlainNetwork):
+        pipeline.save_config(directory)
 
 
 def load_student(path: Path, device: str = "cpu", network: str | None = None) -> Student:

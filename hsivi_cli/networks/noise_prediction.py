@@ -29,12 +29,23 @@ def predict_eps(
     """
     t = torch.as_tensor(t, device=x.device)
     out = net(x, t) if labels is None else net(x, t, class_labels=labels)
-    out = getattr(out, "sample", out)[:, : x.shape[1]].float()
-    if schedule.prediction_type == "epsilon":
-        return out
+    out = getattr(out, "sample", out).float()
     abar = schedule.abar.to(x.device)[t.expand(len(x))].reshape(-1, *[1] * (x.ndim - 1))
-    signal, noise = abar.sqrt().float(), (1 - abar).sqrt().float()
-    if schedule.prediction_type == "v_prediction":
+    return to_eps(out, x, abar, schedule.prediction_type)
+
+
+def to_eps(
+    out: Float[Tensor, "n c_out *shape"],
+    x: Float[Tensor, "n c *shape"],
+    abar: Float[Tensor, "*n_or_1 #c"],
+    prediction_type: str,
+) -> Float[Tensor, "n c *shape"]:
+    """The noise in `x` from a network's output there, which may have further channels behind those of `x`."""
+    out = out[:, : x.shape[1]]
+    if prediction_type == "epsilon":
+        return out
+    signal, noise = abar.sqrt().to(x.dtype), (1 - abar).sqrt().to(x.dtype)
+    if prediction_type == "v_prediction":
         return signal * out + noise * x
     return (x - signal * out) / noise  # it predicts x_0
 

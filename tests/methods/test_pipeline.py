@@ -12,7 +12,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
 from hsivi_cli import HSIVIPipeline, HSIVIScheduler
 from hsivi_cli.io.files import asset
 from hsivi_cli.methods.sampling import draw_images, student_sampler
-from hsivi_cli.methods.student import load_student, save_student, student_sha256
+from hsivi_cli.methods.student import Student, load_student, save_student, student_sha256
+from hsivi_cli.targets.score_net import load_score_net
+from hsivi_cli.targets.user_network import build_user_network
 
 UNET = {
     "sample_size": 8,
@@ -153,6 +155,33 @@ def test_classes():
     for wrong in (3, -1, [0, 1]):
         with pytest.raises(ValueError, match="from 0 to 2"):
             draw(class_labels=wrong)
+
+
+@pytest.mark.parametrize("fields", [{"prediction_type": "v_prediction"}, {"prediction_type": "sample"}, {}])
+def test_what_the_network_predicts_is_told_by_the_directory(make_teacher, tmp_path, fields):
+    """v, x_0, or eps with learned variances: the images of hsivi sample."""
+    teacher = load_score_net(make_teacher(fields, out_channels=1 if fields else 2))
+    save_student(Student(teacher.unet, torch.tensor(-0.3), (0, 200, 800), 0.5, teacher.schedule, {}), tmp_path / "s")
+    assert np.array_equal(
+        pixels(opened(tmp_path / "s")(batch_size=3, seed=1).images), cli_images(tmp_path / "s", 3, 1, 3)
+    )
+
+
+def test_a_network_of_the_users_own(tmp_path):
+    """It opens with the file that builds it, and nothing pretends that diffusers could."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
+        "    def forward(self, x, t):\n        return self.layer(x) + t.reshape(-1, 1, 1, 1) / 1000\n"
+    )
+    spec = f"{tmp_path / 'net.py'}:Net"
+    schedule = HSIVIScheduler().schedule
+    network = build_user_network(spec, (1, 8, 8)).eval()
+    save_student(Student(network, torch.tensor(0.0), (0, 200, 800), 0.5, schedule, {}), tmp_path / "s")
+    assert not (tmp_path / "s" / "model_index.json").exists()
+    pipe = HSIVIPipeline.from_pretrained(tmp_path / "s", network=spec)
+    drawn = draw_images(student_sampler(load_student(tmp_path / "s", network=spec)), 2, 0, 2)
+    assert np.array_equal(pixels(pipe(batch_size=2, seed=0).images), next(drawn).squeeze(-1))
 
 
 def test_arguments_that_do_not_go_together(tiny_student):
