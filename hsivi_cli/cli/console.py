@@ -94,7 +94,7 @@ def _nowhere() -> TextIO:
 def story_terminal() -> Console | None:
     """The console of the story where stderr is a terminal, for what is redrawn in place; None elsewhere."""
     redrawn = sys.stderr is not None and sys.stderr.isatty() and not _stderr.is_dumb_terminal
-    return _stderr if redrawn else None
+    return _stderr if redrawn and processes.is_main() else None
 
 
 def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: float, once: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.training_progress import Follower, follow
+from hsivi_cli.engine import processes
 
 if TYPE_CHECKING:
     from hsivi_cli.engine.diagnosis import Diagnosis
@@ -71,7 +72,7 @@ def distill(
     ] = None,
     precision: options.Precision = "fp32",
     accumulate: options.Accumulate = 1,
-    with_compile: options.Compile = False,
+    compiled: options.Compile = False,
     preview_every: Annotated[int, typer.Option("--preview-every", min=0, help="Student steps between previews.")] = 200,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Measure FID against this at every preview (see hsivi evaluate).")
@@ -142,9 +143,9 @@ def distill(
         "seed": seed,
     }
     grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
-    # how it is computed, which a run may change when it is resumed
-    how: dict[str, Any] = {"device": device, "kernels": options.resolve_kernels(kernels, device)}
-    how |= {"accumulate": accumulate, "compile": with_compile}
+    # how it is computed, which a run may change when it is resumed; torch compiles its own kernels, and not ours
+    with_kernels = options.resolve_kernels("torch" if compiled else kernels, device)
+    how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
     donor = load_student(init_from, device, network) if init_from else None
     if donor is not None:
@@ -153,19 +154,19 @@ def distill(
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
     outputs = _outputs(teacher, reference, fid_images, preview_every, device)
     if out is not None:
-        check_run(out, plan, resume)
+        processes.from_main(lambda: check_run(out, plan, resume))
     if dry_run:
         _report_cost(teacher, configs, as_json)
         return
     assert out is not None
-    with run_directory(out, plan, resume) as had_run:
-        configuration.keep_options(ctx, out, resume)
+    with processes.led(lambda: run_directory(out, plan, resume)) as had_run:
+        processes.from_main(lambda: configuration.keep_options(ctx, out, resume))
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
         start = init_from
         for k, config in configs.items():
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
-            events = distillation.training_directory(out, k) if tensorboard else None
+            events = distillation.training_directory(out, k) if tensorboard and processes.is_main() else None
             with follow(f"NFE {k}", steps, events) as follower, console.guarded_stdout():
                 distillation.distill(teacher, config, out, _followed(outputs, follower), start, network)
             start = distillation.student_directory(out, k) if warm_start else init_from

@@ -163,5 +163,5 @@ def _where(device: str, n: int, batch_size: int) -> str:
     batches = -(-n // batch_size)
     if processes.count() == 1:
         return device
-    idle = f", of which {batches} have a batch: lower --batch-size" if batches < processes.count() else ""
+    idle = f", of which {batches} get a batch: lower --batch-size" if batches < processes.count() else ""
     return f"{processes.count()} processes{idle}"

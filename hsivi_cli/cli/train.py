@@ -7,6 +7,7 @@ import typer
 
 from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.training_progress import follow
+from hsivi_cli.engine import processes
 
 
 def train(
@@ -30,7 +31,7 @@ def train(
     flip: Annotated[bool, typer.Option("--flip", help="Random horizontal flips.")] = False,
     precision: options.Precision = "fp32",
     accumulate: options.Accumulate = 1,
-    with_compile: options.Compile = False,
+    compiled: options.Compile = False,
     preview_every: Annotated[
         int, typer.Option("--preview-every", min=0, help="Steps between sample grids; 0: never.")
     ] = 1000,
@@ -78,15 +79,15 @@ def train(
         seed=seed,
         device=device,
         accumulate=accumulate,
-        compile=with_compile,
+        compiled=compiled,
     )
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
-    with run_directory(out, training.resolved(config, source), resume) as had_run:
-        configuration.keep_options(ctx, out, resume)
+    with processes.led(lambda: run_directory(out, training.resolved(config, source), resume)) as had_run:
+        processes.from_main(lambda: configuration.keep_options(ctx, out, resume))
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
         console.story(f"training on {len(pixels)} images of {shape[1]}x{shape[2]} from {images.source}, {steps} steps")
-        with follow("training", steps, out if tensorboard else None) as follower:
+        with follow("training", steps, out if tensorboard and processes.is_main() else None) as follower:
 
             def on_log(record: dict[str, float]) -> None:
                 follower.on_log(record, f"loss {record['loss']:.5f}")

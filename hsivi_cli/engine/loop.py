@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsivi_cli.engine import processes
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from hsivi_cli.engine.contract import Method
 from hsivi_cli.engine.seeds import Stream, generator
@@ -77,24 +78,27 @@ def run_loop(method: Method, state: Any, config: LoopConfig, directory: Path, ho
                 record |= {"seconds_per_step": (time.monotonic() - started) / (state.step - first)}
                 if previewing:
                     record |= hooks.preview(state.step)
-                append_metrics(directory / METRICS, record)
+                if processes.is_main():
+                    append_metrics(directory / METRICS, record)
                 hooks.on_log(record)
                 sums, count = {}, 0
             overdue = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
-            stopping = stop_requested()
+            # one process alone may have had the signal, or be late: all stop, and save, after the same step
+            agreed = processes.agree_on_largest(2 * stop_requested() + overdue)
+            stopping, overdue = agreed > 1, agreed == 1
             # after a preview too: what it published must never be all that is left of a run
             if at_end or previewing or overdue or state.step % config.checkpoint_every == 0 or stopping:
-                save_checkpoint(directory / CHECKPOINT, method.state_dict(state))
+                processes.from_main(lambda: save_checkpoint(directory / CHECKPOINT, method.state_dict(state)))
                 saved = time.monotonic()
             if stopping and not at_end:
                 raise InterruptError(f"interrupted at step {state.step}; checkpoint written, go on with --resume")
-        return stop_requested()
+        return bool(processes.agree_on_largest(stop_requested()))
 
 
 def resume(method: Method, state: Any, directory: Path) -> None:
     """Restore the last checkpoint into `state` and drop the log lines after it; raises InputError if there is none."""
     method.load_state_dict(state, load_checkpoint(directory / CHECKPOINT))
-    rewind_metrics(directory / METRICS, state.step)
+    processes.from_main(lambda: rewind_metrics(directory / METRICS, state.step))
 
 
 @contextmanager

@@ -106,6 +106,8 @@ def speaks() -> bool:
     Process 0 does, unless another has already; another does if process 0 has nothing to say within GRACE seconds.
     """
     if _device is None:
+        if not is_main():
+            time.sleep(GRACE)  # a launcher ends all as soon as one has failed: not before the first has said why
         return is_main()
     from torch.distributed.distributed_c10d import _get_default_store  # what the processes met at
 
@@ -195,18 +197,18 @@ def agree_on_largest(value: int) -> int:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` returns in process 0, in every process; what it raises for the user to read is raised in all."""
+    """What `make` returns in process 0, in every process; what it raises there is raised in all, so that none waits."""
     if count() == 1:
         return make()
     from accelerate.utils import broadcast_object_list
 
     told: list[Any] = [None, None]
-    failure: HsiviError | None = None
+    failure: Exception | None = None
     if is_main():
         try:
             told[0] = make()
-        except HsiviError as err:
-            failure, told[1] = err, (type(err), str(err))
+        except Exception as err:
+            failure, told[1] = err, (type(err) if isinstance(err, HsiviError) else RunError, str(err))
     with _exchange():
         broadcast_object_list(told)
     if failure is not None:

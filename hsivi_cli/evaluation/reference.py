@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from hsivi_cli.engine import processes
 from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.extractors import Extractor, load_extractor
 from hsivi_cli.evaluation.frechet import Moments
@@ -62,8 +63,12 @@ class FidMeter:
         return self.extractor.sha256
 
     def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> float:
-        """The FID of the images; raises InputError if the extractor refuses them or there are fewer than two."""
-        found = fid(extract_features(image_set(images, "preview"), self.extractor, device=self.device), self.target)
+        """The FID of the images, which every process has and helps with.
+
+        Raises InputError if the extractor refuses them or there are fewer than two.
+        """
+        features = extract_features(image_set(images, "preview"), self.extractor, device=self.device)
+        found = processes.from_main(lambda: fid(features, self.target))
         assert found.value is not None
         return found.value
 

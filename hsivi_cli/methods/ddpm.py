@@ -46,7 +46,7 @@ class DDPMConfig:
     seed: int = 0
     device: str = "cpu"
     accumulate: int = 1
-    compile: bool = False
+    compiled: bool = False
 
 
 @dataclass
@@ -71,7 +71,7 @@ def init(target: None, config: DDPMConfig) -> DDPMState:
         unet = UNet2DModel(**config.unet).to(config.device)
     optimiser = torch.optim.Adam(unet.parameters(), config.lr)
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
-    if config.compile:
+    if config.compiled:
         unet.compile()  # in place: the names in its state dict stay
     scaler = gradient_scaler(config.precision, config.device)
     return DDPMState(0, unet, ema, optimiser, schedule_from_config(config.schedule), config, scaler)

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from hsivi_cli.engine import processes
 from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
@@ -79,12 +81,12 @@ def distill(
     """
     nfe = len(config.grid) - 1
     target, work = student_directory(run, nfe), training_directory(run, nfe)
-    work.mkdir(parents=True, exist_ok=True)
+    processes.from_main(lambda: work.mkdir(parents=True, exist_ok=True))
     state = hsivi_sm.init(teacher, config, load_student(start, config.device, network) if start else None)
     if (work / CHECKPOINT).is_file():
         resume(hsivi_sm, state, work)
     else:
-        rewind_metrics(work / METRICS, 0)
+        processes.from_main(lambda: rewind_metrics(work / METRICS, 0))
     description = {
         "teacher": str(teacher.path),
         "teacher_sha256": teacher.sha256,
@@ -95,23 +97,24 @@ def distill(
     }
     history = read_metrics(work / METRICS)
 
-    def save(extra: dict[str, Any]) -> Student:
+    def save(extra: dict[str, Any]) -> None:
         extra = {"step": state.step} | _recorded(target, teacher.sha256) | extra
-        student = hsivi_sm.averaged_student(state, description | extra)
-        save_student(student, target)
-        return student
+        save_student(hsivi_sm.averaged_student(state, description | extra), target)
 
     def preview(step: int) -> dict[str, float]:
+        def draw(batch: range) -> Tensor:
+            return torch.from_numpy(to_uint8(hsivi_sm.sample(state, PhiloxStreams(config.seed, batch))))
+
         n = max(PREVIEW_IMAGES, outputs.fid_images)
-        batches = [range(i, min(i + PREVIEW_IMAGES, n)) for i in range(0, n, PREVIEW_IMAGES)]
-        images = np.concatenate([to_uint8(hsivi_sm.sample(state, PhiloxStreams(config.seed, b))) for b in batches])
-        outputs.write_grid(images[:PREVIEW_IMAGES], work / f"samples-{step:06d}.png")
-        if outputs.fid is None:
-            save({})
-            return {}
-        value = outputs.fid(images[: outputs.fid_images])
-        save({"preview_fid": {"value": value, "n": outputs.fid_images} | outputs.fid_protocol})
-        return {f"fid@{outputs.fid_images}": value}
+        images = torch.cat(list(processes.in_turns(draw, n, PREVIEW_IMAGES))).numpy()
+        value = None if outputs.fid is None else outputs.fid(images[: outputs.fid_images])
+        processes.from_main(lambda: publish(step, images[:PREVIEW_IMAGES], value))
+        return {} if value is None else {f"fid@{outputs.fid_images}": value}
+
+    def publish(step: int, images: np.ndarray, value: float | None) -> None:
+        outputs.write_grid(images, work / f"samples-{step:06d}.png")
+        measured = {"value": value, "n": outputs.fid_images} | outputs.fid_protocol
+        save({} if value is None else {"preview_fid": measured})
 
     def on_log(record: dict[str, Any]) -> None:
         history.append(record)
@@ -122,12 +125,16 @@ def distill(
         config.steps, config.seed, log_every=10, checkpoint_every=200, preview_every=outputs.preview_every
     )
     stopped = run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview, on_step=outputs.on_step))
-    if not outputs.preview_every or not target.is_dir():
-        save({})
-    if stopped:
-        raise InterruptError(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
-    curves = (*CURVES, f"fid@{outputs.fid_images}")
-    plot_metrics(_diagnosed(read_metrics(work / METRICS)), curves, work / "curves.png")
+
+    def finish() -> None:
+        if not outputs.preview_every or not target.is_dir():
+            save({})
+        if stopped:
+            raise InterruptError(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
+        curves = (*CURVES, f"fid@{outputs.fid_images}")
+        plot_metrics(_diagnosed(read_metrics(work / METRICS)), curves, work / "curves.png")
+
+    processes.from_main(finish)
     return load_student(target, config.device, network)
 
 
@@ -154,7 +161,7 @@ def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:
 def resolved(config: hsivi_sm.DistillConfig) -> dict[str, Any]:
     """A configuration as plain JSON; how it is computed is not part of it."""
     fields = dataclasses.asdict(config)
-    for how in ("device", "kernels", "accumulate", "compile"):
+    for how in ("device", "kernels", "accumulate", "compiled"):
         fields.pop(how)
     return fields | {"grid": list(config.grid), "method": "hsivi-sm"}
 

@@ -85,7 +85,7 @@ class DistillConfig:
     device: str = "cpu"
     kernels: Kernels = "torch"
     accumulate: int = 1
-    compile: bool = False
+    compiled: bool = False
 
     @property
     def chains(self) -> int:
@@ -150,7 +150,7 @@ def check_donor(teacher: ScoreNet, donor: Student) -> None:
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
     """Student and critic start as copies of the teacher; the student may start from another student instead.
 
-    With `config.kernels` the norms of all three networks are fused, the teacher's in place; `config.compile` compiles
+    With `config.kernels` the norms of all three networks are fused, the teacher's in place; `config.compiled` compiles
     them in place too, which leaves the names in their state dicts as they are.
     """
     if use_triton(config.kernels, next(target.unet.parameters())):
@@ -167,7 +167,7 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
     if warm_start is not None and config.log_gamma != "layer" and warm_start.log_gamma.shape == log_gamma.shape:
         log_gamma.data.copy_(warm_start.log_gamma)
     ema_student = copy.deepcopy(student).eval().requires_grad_(False)
-    if config.compile:
+    if config.compiled:
         for network in (student, critic, target.unet):
             network.compile()
     return DistillState(

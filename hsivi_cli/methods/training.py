@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from hsivi_cli.engine import processes
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
@@ -91,23 +93,30 @@ def train(
     if had_run and (directory / CHECKPOINT).is_file():
         resume(ddpm, state, directory)
     else:
-        rewind_metrics(directory / METRICS, 0)
+        processes.from_main(lambda: rewind_metrics(directory / METRICS, 0))
 
     def preview(step: int) -> dict[str, float]:
-        drawn = ddpm.sample(state, PhiloxStreams(config.seed, range(PREVIEW_IMAGES)))
-        write_grid(to_uint8(drawn), directory / f"samples-{step:06d}.png")
+        drawn = to_uint8(ddpm.sample(state, PhiloxStreams(config.seed, range(PREVIEW_IMAGES))))
+        write_grid(drawn, directory / f"samples-{step:06d}.png")
         publish(state, directory)
         return {}
 
-    hooks = Hooks(on_log, preview, lambda generator: ddpm.draw_batch(images, config.batch, generator), on_step)
+    def batch(draws: torch.Generator) -> UInt8[Tensor, "n c h w"]:
+        return ddpm.draw_batch(images, config.batch, draws)
+
+    hooks = Hooks(on_log, lambda step: processes.from_main(lambda: preview(step)), batch, on_step)
     loop = LoopConfig(config.steps, config.seed, log_every=50, checkpoint_every=500, preview_every=preview_every)
     run_loop(ddpm, state, loop, directory, hooks)
+    return processes.from_main(lambda: _finish(state, directory, time.monotonic() - started))
+
+
+def _finish(state: ddpm.DDPMState, directory: Path, seconds: float) -> Trained:
     publish(state, directory)
     records = read_metrics(directory / METRICS)
     plot_metrics(records, ("loss", "grad_norm", "lr"), directory / "curves.png")
     return Trained(
         steps=state.step,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         loss=records[-1]["loss"] if records else None,
         parameters=sum(parameter.numel() for parameter in state.ema.parameters()),
         sha256=score_net_sha256(directory / "unet", state.schedule),
@@ -130,7 +139,7 @@ def publish(state: ddpm.DDPMState, directory: Path) -> None:
 def resolved(config: ddpm.DDPMConfig, data: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration as plain JSON, with the data's name and hash; how it is computed is not part of it."""
     fields = dataclasses.asdict(config)
-    for how in ("device", "accumulate", "compile"):
+    for how in ("device", "accumulate", "compiled"):
         fields.pop(how)
     fields["unet"] = {k: list(v) if isinstance(v, tuple) else v for k, v in fields["unet"].items()}
     return {"method": "ddpm", "data": data} | fields
