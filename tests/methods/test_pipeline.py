@@ -171,7 +171,8 @@ def test_a_network_of_the_users_own(tmp_path):
     """It opens with the file that builds it, and nothing pretends that diffusers could."""
     (tmp_path / "net.py").write_text(
         "import torch\nclass Net(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
         "    def forward(self, x, t):\n        return self.layer(x) + t.reshape(-1, 1, 1, 1) / 1000\n"
     )
     spec = f"{tmp_path / 'net.py'}:Net"
