@@ -74,6 +74,7 @@ def distill(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
     ] = False,
+    keep: options.Keep = 2,
     seed: options.Seed = 0,
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
@@ -82,14 +83,15 @@ def distill(
 ) -> None:
     """Distil a diffusion score network into few-step HSIVI samplers, one for each NFE. Needs no data.
 
-    A run can be stopped at any time and continued with --resume; draw from it with `hsivi sample RUN --nfe K`.
+    A run can be stopped at any time and continued with --resume; draw from it with `hsivi sample RUN --nfe K`. With
+    --reference the student of the lowest FID is kept too: `hsivi sample RUN/nfeK-best`.
     """
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.errors import InputError
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
-    from hsivi_cli.methods.student import load_student
+    from hsivi_cli.methods.student import find_best, load_student
     from hsivi_cli.targets.score_net import load_score_net
 
     device = options.resolve_device(device, threads)
@@ -127,7 +129,7 @@ def distill(
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
-    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device)
+    outputs = _outputs(teacher, reference, fid_images, preview_every, steps, device, keep)
     if out is not None:
         check_run(out, plan, resume)
     if dry_run:
@@ -146,11 +148,13 @@ def distill(
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
     else:
         console.result_line(str(out))
+    for k, best in find_best(out).items():
+        console.story(f"lowest FID at a preview for NFE {k}: {best}")
     console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}")
 
 
 def _outputs(
-    teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int, device: str
+    teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, steps: int, device: str, keep: int
 ) -> "Outputs":
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods.distillation import Outputs
@@ -170,9 +174,12 @@ def _outputs(
         measured = f"fid@{fid_images}"
         if measured in record:
             line += f"  {measured} {record[measured]:.4f}"
+        if record["skipped"]:
+            line += f"  {record['skipped']} steps skipped"
         console.story(line)
 
-    return Outputs(on_log, write_grid, preview_every, fid, fid_images if fid else 0, protocol)
+    images = fid_images if fid else 0
+    return Outputs(on_log, write_grid, preview_every, fid, images, protocol, console.warn, keep)
 
 
 def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_json: bool) -> None:

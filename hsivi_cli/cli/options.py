@@ -38,6 +38,7 @@ Kernels = Annotated[
     str,
     typer.Option("--kernels", help="auto: fused Triton kernels on a GPU that can run them; triton or torch: insist."),
 ]
+Keep = Annotated[int, typer.Option("--keep", min=1, help="Checkpoints to keep: the newest, and those before it.")]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 

@@ -32,6 +32,7 @@ def train(
     preview_every: Annotated[
         int, typer.Option("--preview-every", min=0, help="Steps between sample grids; 0: never.")
     ] = 1000,
+    keep: options.Keep = 2,
     seed: options.Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
@@ -84,9 +85,12 @@ def train(
             def on_log(record: dict[str, float]) -> None:
                 advance.to(record["step"])
                 rate = record["seconds_per_step"]
-                console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step")
+                skipped = f"  {record['skipped']:.0f} steps skipped" if record["skipped"] else ""
+                console.story(f"step {record['step']:>6}  loss {record['loss']:.5f}  {rate:.3f} s/step{skipped}")
 
-            trained = training.train(pixels, config, out, had_run, preview_every, write_grid, on_log)
+            trained = training.train(
+                pixels, config, out, had_run, preview_every, write_grid, on_log, console.warn, keep
+            )
     if as_json:
         console.result_json({"out": str(out)} | asdict(trained))
     else:

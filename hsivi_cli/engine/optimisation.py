@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hsivi_cli.errors import RunError
-
 Precision = Literal["fp32", "bf16"]
 ScheduleName = Literal["cosine", "exponential", "constant"]
 
@@ -35,19 +33,35 @@ class LearningRate:
         return rate
 
 
+@dataclass(frozen=True)
+class Update:
+    """What became of one update: the gradient's norm before clipping, and whether the optimiser stepped."""
+
+    norm: float
+    stepped: bool
+
+
 def apply_step(
     loss: Tensor, optimiser: torch.optim.Optimizer, parameters: Iterable[Tensor], rate: float, clip: float
-) -> float:
-    """Backward, clip the gradient's norm, step at `rate`; returns the norm. Raises RunError if it is not finite."""
+) -> Update:
+    """Backward, clip the gradient's norm, step at `rate`; without a step where the loss or the norm is not finite.
+
+    A skipped update leaves parameters and optimiser as they were. The norm alone decides, and a loss that is not finite
+    is made to show in it: so where gradients are summed over processes, all of them decide alike.
+    """
+    parameters = list(parameters)
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(list(parameters), clip))
-    if not math.isfinite(norm):
-        raise RunError("diverged: the gradient is not finite: use a lower --lr")
-    optimiser.step()
-    return norm
+    if not math.isfinite(loss.item()):
+        next(p.grad for p in parameters if p.grad is not None).fill_(math.nan)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    if math.isfinite(norm):
+        optimiser.step()
+    else:
+        optimiser.zero_grad(set_to_none=True)  # clipping has spread the NaN over all of them
+    return Update(norm, math.isfinite(norm))
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class DDPMState:
     optimiser: torch.optim.Optimizer
     schedule: NoiseSchedule
     config: DDPMConfig
+    lr_scale: float = 1.0  # what the loop lowers when it rolls back
 
 
 def init(target: None, config: DDPMConfig) -> DDPMState:
@@ -63,7 +64,10 @@ def init(target: None, config: DDPMConfig) -> DDPMState:
 
 
 def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: torch.Generator) -> dict[str, float]:
-    """One gradient step of `E |eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t)|^2` (eq. 14)."""
+    """One gradient step of `E |eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t)|^2` (eq. 14).
+
+    The metric `skipped` is 1 where the step was left out because its loss or gradient was not finite.
+    """
     assert batch is not None
     config, schedule = state.config, state.schedule
     x0 = batch.float() / 127.5 - 1
@@ -78,10 +82,11 @@ def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: to
         prediction = state.unet(x_t.to(config.device), t.to(config.device)).sample
     loss = (prediction.float() - eps.to(config.device)).pow(2).mean()
     state.step += 1
-    rate = LearningRate(config.lr, config.warmup, config.lr_schedule).at(state.step, config.steps)
-    norm = apply_step(loss, state.optimiser, state.unet.parameters(), rate, config.clip)
-    update_ema(state.ema.parameters(), state.unet.parameters(), state.step, config.ema)
-    return {"loss": loss.item(), "grad_norm": norm, "lr": rate}
+    rate = LearningRate(state.lr_scale * config.lr, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    update = apply_step(loss, state.optimiser, state.unet.parameters(), rate, config.clip)
+    if update.stepped:
+        update_ema(state.ema.parameters(), state.unet.parameters(), state.step, config.ema)
+    return {"loss": loss.item(), "grad_norm": update.norm, "lr": rate, "skipped": float(not update.stepped)}
 
 
 def draw_batch(images: UInt8[Tensor, "N c h w"], size: int, generator: torch.Generator) -> UInt8[Tensor, "n c h w"]:

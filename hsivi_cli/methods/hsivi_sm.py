@@ -92,6 +92,7 @@ class DistillState:
     critic_optimiser: torch.optim.Optimizer
     layers: LayerCoefficients
     config: DistillConfig
+    lr_scale: float = 1.0  # what the loop lowers when it rolls back
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,20 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
 
 
 def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) -> dict[str, float]:
-    """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None."""
-    config = state.config
+    """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None.
+
+    The metric `skipped` counts the updates that were left out because their loss or gradient was not finite.
+    """
+    config, skipped = state.config, 0.0
     state.step += 1
     rollout = roll_out(state, generator)
     for update in range(config.critic_steps):
         if update and not config.rollout_cache:
             rollout = roll_out(state, generator)
         critic_metrics = critic_step(state, rollout, generator)
-    return critic_metrics | student_step(state, rollout, generator)
+        skipped += critic_metrics["skipped"]
+    student_metrics = student_step(state, rollout, generator)
+    return critic_metrics | student_metrics | {"skipped": skipped + student_metrics["skipped"]}
 
 
 @torch.no_grad()
@@ -197,9 +203,10 @@ def critic_step(state: DistillState, rollout: Rollout, generator: torch.Generato
         at = _compare(state, mean, k, t, zeta)
     labels = None if rollout.labels is None else rollout.labels[rows]
     loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at.target, at.noise_scale)
-    rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
-    norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
-    return {"critic_loss": loss.item(), "critic_grad_norm": norm}
+    schedule = LearningRate(state.lr_scale * config.lr_critic, config.warmup, config.lr_schedule)
+    rate = schedule.at(state.step, config.steps)
+    update = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
+    return {"critic_loss": loss.item(), "critic_grad_norm": update.norm, "skipped": float(not update.stepped)}
 
 
 def student_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
@@ -218,19 +225,22 @@ def student_step(state: DistillState, rollout: Rollout, generator: torch.Generat
     loss = fisher
     if config.objective == "diffused-kl":
         loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
-    rate = LearningRate(config.lr_student, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    schedule = LearningRate(state.lr_scale * config.lr_student, config.warmup, config.lr_schedule)
+    rate = schedule.at(state.step, config.steps)
     parameters = [*state.student.parameters(), state.log_gamma]
-    norm = apply_step(loss, state.student_optimiser, parameters, rate, config.clip)
-    update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
-    update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
+    update = apply_step(loss, state.student_optimiser, parameters, rate, config.clip)
+    if update.stepped:
+        update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
+        update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
     gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
     return {
         "student_loss": loss.item(),
-        "student_grad_norm": norm,
+        "student_grad_norm": update.norm,
         "fisher": fisher.item(),
         "critic_gap": gap.item(),
         "log_gamma": state.log_gamma.mean().item(),
         "lr_student": rate,
+        "skipped": float(not update.stepped),
     }
 
 

@@ -1,13 +1,15 @@
 """Seeds, learning rates, averages and the diagnosis."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from hsivi_cli.engine.checkpoint import pack
 from hsivi_cli.engine.diagnosis import diagnose
 from hsivi_cli.engine.optimisation import LearningRate, apply_step, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
-from hsivi_cli.errors import RunError
 
 
 def test_generators_differ_by_every_part_of_their_name():
@@ -53,14 +55,39 @@ def test_ema_of_a_constant_is_the_constant_and_starts_fast():
     assert average.item() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_clipping_bounds_the_step_and_nan_is_named():
+def test_clipping_bounds_the_step():
     w = torch.nn.Parameter(torch.zeros(2))
     optimiser = torch.optim.SGD([w], lr=1.0)
-    norm = apply_step((w * torch.tensor([30.0, 40.0])).sum(), optimiser, [w], 1.0, 1.0)
-    assert norm == pytest.approx(50.0)
+    update = apply_step((w * torch.tensor([30.0, 40.0])).sum(), optimiser, [w], 1.0, 1.0)
+    assert update.norm == pytest.approx(50.0)
+    assert update.stepped
     assert w.detach().norm().item() == pytest.approx(1.0, rel=1e-4)
-    with pytest.raises(RunError, match="not finite"):
-        apply_step((w * float("nan")).sum(), optimiser, [w], 1.0, 1.0)
+
+
+def losses_that_are_not_finite():
+    yield lambda w: (w * float("nan")).sum()
+    yield lambda w: w.sum() / 0  # infinite, and its gradient with it
+    yield lambda w: w.sum() + float("inf")  # infinite, with a gradient that is finite
+    yield lambda w: w.sqrt().sum()  # finite, with a gradient that is not
+
+
+@pytest.mark.parametrize("loss", losses_that_are_not_finite())
+def test_a_step_that_is_not_finite_touches_nothing(loss):
+    w = torch.nn.Parameter(torch.zeros(2))
+    v = torch.nn.Parameter(torch.ones(3))  # another parameter, whose own gradient is finite
+    optimiser = torch.optim.Adam([w, v], amsgrad=True)
+    apply_step((w.sum() + v.sum()), optimiser, [w, v], 0.1, 1.0)
+    with torch.no_grad():
+        w.zero_()
+    before, _ = pack([w, v, optimiser.state_dict()])
+    update = apply_step(loss(w) + v.sum(), optimiser, [w, v], 0.1, 1.0)
+    assert not update.stepped
+    assert not math.isfinite(update.norm)
+    after, _ = pack([w, v, optimiser.state_dict()])
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert apply_step((w.sum() + v.sum()), optimiser, [w, v], 0.1, 1.0).stepped
+    assert not torch.equal(w, before["/0"])
 
 
 def judge(mismatch, error):
