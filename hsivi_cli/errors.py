@@ -24,6 +24,12 @@ class GateError(HsiviError):
 
 
 class InterruptError(HsiviError):
-    """Stopped by the user; whatever could be kept was written first."""
+    """Stopped by the user (Ctrl-C, SIGINT); whatever could be kept was written first."""
 
     exit_code = 130
+
+
+class TerminatedError(InterruptError):
+    """Stopped by SIGTERM, as a queue or a container does; whatever could be kept was written first."""
+
+    exit_code = 143

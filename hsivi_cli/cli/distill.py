@@ -91,6 +91,7 @@ def distill(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
     ] = False,
+    keep: options.Keep = 2,
     seed: options.Seed = 0,
     kernels: options.Kernels = "auto",
     device: options.Device = "auto",
@@ -101,14 +102,15 @@ def distill(
 ) -> None:
     """Distil a diffusion score network into few-step HSIVI samplers, one for each NFE. Needs no data.
 
-    A run can be stopped at any time and continued with --resume; draw from it with `hsivi sample RUN --nfe K`.
+    A run can be stopped at any time and continued with --resume; draw from it with `hsivi sample RUN --nfe K`. With
+    --reference the student of the lowest FID is kept too: `hsivi sample RUN/nfeK-best`.
     """
     from hsivi_cli.bridges.schedule import make_grid
     from hsivi_cli.errors import InputError
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
-    from hsivi_cli.methods.student import load_student
+    from hsivi_cli.methods.student import find_best, load_student
     from hsivi_cli.targets.score_net import load_score_net
 
     device = options.resolve_device(device, threads)
@@ -152,7 +154,7 @@ def distill(
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
-    outputs = _outputs(teacher, reference, fid_images, preview_every, device)
+    outputs = _outputs(teacher, reference, fid_images, preview_every, device, keep)
     if out is not None:
         processes.from_main(lambda: check_run(out, plan, resume))
     if dry_run:
@@ -174,10 +176,14 @@ def distill(
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})
     else:
         console.result_line(str(out))
+    for k, best in find_best(out).items():
+        console.story(f"lowest FID at a preview for NFE {k}: {best}")
     console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}")
 
 
-def _outputs(teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, device: str) -> "Outputs":
+def _outputs(
+    teacher: "ScoreNet", reference: str | None, fid_images: int, preview_every: int, device: str, keep: int
+) -> "Outputs":
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods.distillation import Outputs
 
@@ -188,7 +194,17 @@ def _outputs(teacher: "ScoreNet", reference: str | None, fid_images: int, previe
         channels, height, width = teacher.shape
         fid = fid_against(reference, (height, width, channels), device)
         protocol = {"reference_sha256": fid.reference_sha256, "extractor_sha256": fid.extractor_sha256}
-    return Outputs(lambda record, diagnosis: None, write_grid, preview_every, fid, fid_images if fid else 0, protocol)
+    images = fid_images if fid else 0
+    return Outputs(
+        lambda record, diagnosis: None,
+        write_grid,
+        preview_every,
+        fid,
+        images,
+        protocol,
+        tell=console.warn,
+        keep=keep,
+    )
 
 
 def _followed(outputs: "Outputs", follower: Follower) -> "Outputs":
@@ -201,8 +217,9 @@ def _followed(outputs: "Outputs", follower: Follower) -> "Outputs":
         if name in record:
             last_fid = f"{name} {record[name]:.4f} (step {record['step']})"
         found = {"mismatch": diagnosis.mismatch, "critic_error": diagnosis.critic_error}
+        skipped = f"{record['skipped']:.0f} steps skipped" if record["skipped"] else ""
         words = (f"mismatch {diagnosis.mismatch:.4f}", f"critic error {diagnosis.critic_error:.4f}", last_fid)
-        follower.on_log(record | found, "  ".join(filter(None, (*words, diagnosis.advice))))
+        follower.on_log(record | found, "  ".join(filter(None, (*words, diagnosis.advice, skipped))))
 
     return dataclasses.replace(outputs, on_log=on_log, on_step=follower.on_step)
 

@@ -89,6 +89,7 @@ Label = Annotated[int | None, typer.Option("--class", min=0, help="Class to draw
 TensorBoard = Annotated[
     bool, typer.Option("--tensorboard", help="Write TensorBoard event files too, beside the metrics of the run.")
 ]
+Keep = Annotated[int, typer.Option("--keep", min=1, help="Checkpoints to keep: the newest, and those before it.")]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]
 
 

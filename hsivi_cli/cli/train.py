@@ -35,6 +35,7 @@ def train(
     preview_every: Annotated[
         int, typer.Option("--preview-every", min=0, help="Steps between sample grids; 0: never.")
     ] = 1000,
+    keep: options.Keep = 2,
     seed: options.Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run: same options plus this.")
@@ -90,10 +91,20 @@ def train(
         with follow("training", steps, out if tensorboard and processes.is_main() else None) as follower:
 
             def on_log(record: dict[str, float]) -> None:
-                follower.on_log(record, f"loss {record['loss']:.5f}")
+                skipped = f"  {record['skipped']:.0f} steps skipped" if record["skipped"] else ""
+                follower.on_log(record, f"loss {record['loss']:.5f}{skipped}")
 
             trained = training.train(
-                pixels, config, out, had_run, preview_every, write_grid, on_log, on_step=follower.on_step
+                pixels,
+                config,
+                out,
+                had_run,
+                preview_every,
+                write_grid,
+                on_log,
+                on_step=follower.on_step,
+                tell=console.warn,
+                keep=keep,
             )
     if as_json:
         console.result_json({"out": str(out)} | asdict(trained))

@@ -1,6 +1,7 @@
-"""Atomic writes, hashes and JSON: a file is the old one or the new one, never half of one; so is a directory, but for
-the moment between two renames in which it has no name."""
+"""Atomic writes, hashes and JSON: a file is the old one or the new one, never half of one; so is a directory (where the
+system cannot swap two names, it has none for a moment)."""
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -17,7 +18,9 @@ from safetensors import SafetensorError
 
 from hsivi_cli.errors import InputError, RunError
 
+SUMS = "SHA256SUMS"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_BROKEN = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def check_writable(out: str, parent: Path) -> None:
@@ -87,9 +90,11 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             _share(file)
             _sync(file)
-        if path.exists():
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _swap(temporary, path):
             os.replace(path, retired)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         _sync(path.parent)
     except PermissionError as err:
         raise InputError(f"cannot write {path}: permission denied") from err
@@ -137,6 +142,38 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_sums(directory: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Write the SHA-256 of every file in a directory into it, as `sha256sum -c SHA256SUMS` reads them."""
+    names = sorted(name for name in _inside(directory) if name not in (SUMS, *leave_out))
+    lines = [f"{sha256(directory / name)}  {name}\n" for name in names]
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(directory: Path) -> None:
+    """Raise InputError naming the file, if one is missing or is not what SHA256SUMS says; without that file, nothing.
+
+    Files that SHA256SUMS does not name are no concern of it.
+    """
+    if not (directory / SUMS).is_file():
+        return
+    inside = _inside(directory)
+    for line in (directory / SUMS).read_bytes().splitlines():
+        digest, _, rest = line.decode(errors="replace").partition("  ")
+        if len(digest) != 64 or not rest:
+            raise InputError(f"{directory / SUMS} is damaged: remove it to do without it, or write {directory} anew")
+        if rest not in inside:
+            raise InputError(f"{directory / rest} is missing, though {SUMS} names it: fetch or write it again")
+        if sha256(directory / rest) != digest:
+            raise InputError(
+                f"{directory / rest} is damaged: it is not what {SUMS} beside it says (if it was changed on purpose,"
+                f" remove {SUMS})"
+            )
+
+
+def _inside(directory: Path) -> set[str]:
+    return {file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file()}
+
+
 def asset(name: str) -> Path:
     """Path of a shipped asset, in an installed wheel or in a checkout; raises InputError if it is not there."""
     package = Path(__file__).resolve().parent.parent
@@ -145,6 +182,17 @@ def asset(name: str) -> Path:
     if (root / name).exists():
         return root / name
     raise InputError(f"the shipped asset {name} is missing from this installation: reinstall hsivi")
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one act, so that neither is ever missing; returns whether the system could (Linux)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: bool = rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    return done
 
 
 def _temporary_name(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """The metrics of a run: one JSON object a line, and their curves as a picture."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from hsivi_cli.io.files import atomic_file
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Append one line, in a single write."""
+    """Append one line, in a single write; what is not finite is null in it, for every JSON reader."""
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

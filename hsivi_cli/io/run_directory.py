@@ -13,17 +13,19 @@ from typing import Any
 
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.event_log import EVENTS
-from hsivi_cli.io.files import DISK_FULL, read_json, sweep_temporaries, write_json
+from hsivi_cli.io.files import DISK_BROKEN, DISK_FULL, read_json, sweep_temporaries, write_json
 
 CONFIG = "config.json"  # what a run computes: the fingerprint that resuming compares
 OPTIONS = "config.toml"  # the options it was begun with, for people and for --config
 POSTERIOR = "posterior"  # the `kind` in the configuration of a fit
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"  # the only one, in runs of earlier versions
 METRICS = "metrics.jsonl"
 REPORT = "report.json"  # what a finished fit says of itself
 LOCK = ".lock"
+WIDEST = 40  # characters of a setting in the line that tells what differs
 ATTEMPTS = 100  # at a lock file that others remove under our hands
 _PREVIEW = re.compile(r"samples-\d+\.png")
+_STEPPED = re.compile(r"checkpoint-(\d+)\.safetensors")
 
 
 def is_posterior_fit(path: Path) -> bool:
@@ -36,11 +38,29 @@ def is_amortised_fit(path: Path) -> bool:
     return is_posterior_fit(path) and bool(read_json(path / CONFIG).get("amortize"))
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"checkpoint-{step:06d}.safetensors"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step that a checkpoint's name tells; None for the one without a number."""
+    match = _STEPPED.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a training, the newest first; the one without a number is older than all others."""
+    found = [path for path in directory.glob("checkpoint*.safetensors") if checkpoint_step(path) is not None]
+    found.sort(key=lambda path: checkpoint_step(path) or 0, reverse=True)
+    return found + [directory / CHECKPOINT] * (directory / CHECKPOINT).is_file()
+
+
 def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     """Whether `directory` holds a run to go on with; nothing is written.
 
     Raises InputError if another process is writing it, if it is occupied and `resume` is not asked for, if it holds no
-    run, or if the run's configuration differs; the message names the first option that does. A run of the very same
+    run, or if the run's configuration differs; the message names every option that does. A run of the very same
     configuration that was killed before its first checkpoint needs no `resume`: it has nothing to lose.
     """
     if _occupied(directory):
@@ -151,14 +171,30 @@ def _check(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     if not resume and (changed or not all(_is_litter(path, directory) for path in _files(directory))):
         raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
     if changed:
-        was, now = before.get(changed[0]), config.get(changed[0])
-        if isinstance(was, dict) and isinstance(now, dict):
-            if was.get("data") != now.get("data"):
-                raise InputError(f"--resume: the data are not those that {directory} was begun with: give it the same")
-            key = next(key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key))
-            raise InputError(f"--resume: {key} was {was.get(key)!r}, now {now.get(key)!r}: repeat the first command")
-        raise InputError(f"--resume: {changed[0]} was {was!r}, now {now!r}: repeat the first command's options")
+        raise InputError(f"--resume: {_differences(before, config, directory)}: repeat the first command's options")
     return True
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], directory: Path, prefix: str = "") -> str:
+    """Every setting that is not what it was, with both values, in one line."""
+    told = []
+    for key in sorted(before.keys() | now.keys()):
+        was, value = before.get(key), now.get(key)
+        if was == value:
+            continue
+        if isinstance(was, dict) and isinstance(value, dict):
+            told.append(_differences(was, value, directory, "" if key == "source" else f"{prefix}{key}."))
+        elif key == "data":
+            told.append(f"the data are not those that {directory} was begun with")
+        else:
+            told.append(f"{prefix}{key} was {_short(was)}, now {_short(value)}")
+    return "; ".join(told)
+
+
+def _short(value: Any) -> str:
+    """A setting as one would type it, but for the middle of what is long."""
+    text = repr(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST // 2]}..{text[-WIDEST // 2 :]}"
 
 
 def _write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -173,13 +209,14 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _is_litter(path: Path, directory: Path) -> bool:
-    """Whether a file of a run is worth nothing without a checkpoint: its configuration, its log and its previews."""
+    """Whether a file of a run is worth nothing: configuration, log, previews and the checkpoint of step 0."""
     temporary = any(part.startswith(".") and part.endswith(".tmp") for part in path.relative_to(directory).parts)
-    return temporary or path in (directory / CONFIG, directory / OPTIONS, directory / LOCK) or _logged(path.name)
+    return temporary or path in (directory / CONFIG, directory / OPTIONS, directory / LOCK) or _worthless(path.name)
 
 
-def _logged(name: str) -> bool:
-    return name == METRICS or name.startswith(EVENTS) or _PREVIEW.fullmatch(name) is not None
+def _worthless(name: str) -> bool:
+    logged = name == METRICS or name.startswith(EVENTS) or _PREVIEW.fullmatch(name) is not None
+    return logged or checkpoint_step(Path(name)) == 0
 
 
 def _clear(directory: Path) -> bool:
@@ -199,8 +236,11 @@ def _clear(directory: Path) -> bool:
 def _raise_helpful(err: BaseException, directory: Path, kept: bool) -> None:
     """Raise a failure again with how to go on, where it is one that the user is told in one line."""
     way_on = f"; {directory} is kept: --resume goes on with it, another --out starts afresh" if kept else ""
-    if isinstance(err, OSError) and err.errno in DISK_FULL:
+    if isinstance(err, OSError):
         where = err.filename or directory
-        raise RunError(f"the disk is full, {where} was not written: make room and try again{way_on}") from err
+        if err.errno in DISK_FULL:
+            raise RunError(f"the disk is full, {where} was not written: make room and try again{way_on}") from err
+        if kept and (err.filename or err.errno in DISK_BROKEN):
+            raise RunError(f"{where} cannot be written or read: {err.strerror or err}{way_on}") from err
     if kept and isinstance(err, RunError):
         raise RunError(f"{err}{way_on}") from err

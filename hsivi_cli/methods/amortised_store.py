@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from hsivi_cli.errors import InputError, InterruptError
+from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json
-from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, REPORT
+from hsivi_cli.io.run_directory import CONFIG, REPORT, checkpoints
 from hsivi_cli.methods import amortised
 from hsivi_cli.methods.amortised_draws import Constrain
 from hsivi_cli.methods.posterior_store import STATE
@@ -61,13 +61,12 @@ def train(
 ) -> amortised.State:
     """Train in `directory`, or go on with what is there. Raises InputError, RunError and InterruptError."""
     state = amortised.init(target, config)
-    if resume and (directory / CHECKPOINT).is_file():
+    if resume and checkpoints(directory):
         loop.resume(amortised, state, directory)
     settings = loop.LoopConfig(config.steps, config.seed, LOG_EVERY, checkpoint_every=NEVER)
-    if loop.run_loop(
-        amortised, state, settings, directory, loop.Hooks(lambda record: on_log(record | {"steps": config.steps}))
-    ):
-        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+    hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps}))
+    if stopped := loop.run_loop(amortised, state, settings, directory, hooks):
+        raise stopped("interrupted after the last step; checkpoint written, go on with --resume")
     return state
 
 

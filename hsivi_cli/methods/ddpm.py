@@ -60,6 +60,7 @@ class DDPMState:
     schedule: NoiseSchedule
     config: DDPMConfig
     scaler: torch.amp.GradScaler
+    lr_scale: float = 1.0  # what the loop lowers when it rolls back
 
 
 def init(target: None, config: DDPMConfig) -> DDPMState:
@@ -80,7 +81,8 @@ def init(target: None, config: DDPMConfig) -> DDPMState:
 def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: torch.Generator) -> dict[str, float]:
     """One gradient step of `E |eps - eps_theta(sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, t)|^2` (eq. 14).
 
-    `batch` is the whole one, whatever the number of processes; each computes its share of it.
+    `batch` is the whole one, whatever the number of processes; each computes its share of it. The metric `skipped` is 1
+    where the step was left out because its loss or gradient was not finite.
     """
     assert batch is not None
     config, schedule = state.config, state.schedule
@@ -102,11 +104,13 @@ def step(state: DDPMState, batch: UInt8[Tensor, "n c h w"] | None, generator: to
         return (prediction.float() - eps[part]).pow(2).mean(), {}
 
     state.step += 1
-    rate = LearningRate(config.lr, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    rate = LearningRate(state.lr_scale * config.lr, config.warmup, config.lr_schedule).at(state.step, config.steps)
     parameters = state.unet.parameters()
     update = apply_update(loss_of, share.parts, state.optimiser, parameters, rate, config.clip, state.scaler)
-    update_ema(state.ema.parameters(), state.unet.parameters(), state.step, config.ema)
-    return {"loss": update.means["loss"], "grad_norm": update.norm, "lr": rate}
+    if update.stepped:
+        update_ema(state.ema.parameters(), state.unet.parameters(), state.step, config.ema)
+    loss, skipped = update.means["loss"], float(not update.stepped)
+    return {"loss": loss, "grad_norm": update.norm, "lr": rate, "skipped": skipped}
 
 
 def draw_batch(images: UInt8[Tensor, "N c h w"], size: int, generator: torch.Generator) -> UInt8[Tensor, "n c h w"]:

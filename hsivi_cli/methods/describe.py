@@ -9,8 +9,15 @@ import numpy as np
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
-from hsivi_cli.io.run_directory import CHECKPOINT, CONFIG, METRICS, REPORT, is_posterior_fit
-from hsivi_cli.methods.student import DESCRIPTION, find_students, load_student, student_sha256
+from hsivi_cli.io.run_directory import CONFIG, METRICS, REPORT, checkpoints, is_posterior_fit
+from hsivi_cli.methods.student import (
+    DESCRIPTION,
+    PREVIEW_FID,
+    find_best,
+    find_students,
+    load_student,
+    student_sha256,
+)
 from hsivi_cli.networks.noise_prediction import PLAIN
 from hsivi_cli.targets.network_files import WEIGHTS
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, load_score_net
@@ -64,7 +71,7 @@ def describe_student(path: Path) -> dict[str, Any]:
         said = {key: network.get(key) for key in ("network", "network_sha256", "in_channels", "sample_size")}
         return facts | said | {"parameters": weights["parameters"]}
     student = load_student(path)
-    own = {"format", "nfe", "grid", "eta", "schedule"}
+    own = {"format", "nfe", "grid", "eta", "schedule", "chain_sha256"}
     facts = {"kind": "student", "path": str(path), "sha256": student.sha256, "nfe": student.nfe}
     facts |= {"grid": list(student.grid), "eta": student.eta}
     facts["log_gamma"] = {
@@ -77,10 +84,11 @@ def describe_student(path: Path) -> dict[str, Any]:
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """Facts about a run directory: its students, and configuration, last metrics and checkpoint of each training."""
+    """Facts about a run directory: its students, the best by FID, and configuration and progress of each training."""
     facts: dict[str, Any] = {"kind": "run", "path": str(path)}
     facts["students"] = {str(nfe): str(where) for nfe, where in find_students(path).items()}
-    return facts | _training(path)
+    best = {str(nfe): {"path": str(where)} | _fid(where) for nfe, where in find_best(path).items()}
+    return facts | ({"best": best} if best else {}) | _training(path)
 
 
 def describe_safetensors(path: Path) -> dict[str, Any]:
@@ -135,12 +143,19 @@ def _training(path: Path) -> dict[str, Any]:
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """How far one training got: the step and the line it logged last, and its checkpoint's size in bytes."""
+    """How far one training got: the step and the line it logged last, its checkpoints, and the newest one's bytes."""
     metrics = [record for record in read_metrics(folder / METRICS) if isinstance(record, dict)]
     latest = metrics[-1] if metrics else None
-    checkpoint = folder / CHECKPOINT
-    size = checkpoint.stat().st_size if checkpoint.is_file() else None
-    return {"step": latest and latest.get("step"), "latest_metrics": latest, "checkpoint_bytes": size}
+    kept = checkpoints(folder)
+    size = kept[0].stat().st_size if kept else None
+    facts = {"step": latest and latest.get("step"), "latest_metrics": latest, "checkpoint_bytes": size}
+    return facts | {"checkpoints": [path.name for path in kept]}
+
+
+def _fid(student: Path) -> dict[str, Any]:
+    fields = read_json(student / DESCRIPTION)
+    measured = fields.get(PREVIEW_FID) or {}
+    return {"step": fields.get("step"), "fid": measured.get("value"), "images": measured.get("n")}
 
 
 def _teacher(path: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Distillation runs: one student an NFE in a run directory, each resumable, with previews and loss curves.
 
-A run holds `nfeK/` (the student, see methods.student) and `training/nfeK/` (checkpoint, metrics, previews, curves).
+A run holds `nfeK/` (the student, see methods.student), `nfeK-best/` where an FID is measured (the student that had the
+lowest) and `training/nfeK/` (checkpoints, metrics, previews, curves).
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,16 +20,24 @@ from hsivi_cli.engine import processes
 from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
-from hsivi_cli.errors import InterruptError
 from hsivi_cli.io.files import read_json
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
-from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
+from hsivi_cli.io.run_directory import METRICS, checkpoints
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.sampling import to_uint8
-from hsivi_cli.methods.student import DESCRIPTION, TEACHER_FID, Student, load_student, save_student
+from hsivi_cli.methods.student import (
+    DESCRIPTION,
+    PREVIEW_FID,
+    TEACHER_FID,
+    Student,
+    best_directory,
+    load_student,
+    save_student,
+)
 from hsivi_cli.targets.score_net import ScoreNet
 
 PREVIEW_IMAGES = 64
+ROLLBACKS = 3  # before a run that diverges again and again is given up
 CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_norm")
 
 
@@ -35,6 +45,7 @@ CURVES = ("critic_loss", "mismatch", "critic_error", "log_gamma", "student_grad_
 class Outputs:
     """What a caller wants to see: log records, steps, preview grids, and optionally an FID of preview images.
 
+    `tell(sentence)` hears of roll-backs and of damaged checkpoints; the last `keep` checkpoints are kept.
     `fid(uint8 NHWC) -> float` is measured on `fid_images` images at every preview; `fid_protocol` says against what.
     """
 
@@ -45,6 +56,8 @@ class Outputs:
     fid_images: int = 0
     fid_protocol: dict[str, Any] = field(default_factory=dict)
     on_step: Callable[[int], None] = lambda step: None
+    tell: Callable[[str], None] = lambda sentence: None
+    keep: int = 2
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,12 @@ def distill(
     `FILE:FUNCTION`, if the teacher is built by one.
     """
     nfe = len(config.grid) - 1
-    target, work = student_directory(run, nfe), training_directory(run, nfe)
+    target, best, work = student_directory(run, nfe), best_directory(run, nfe), training_directory(run, nfe)
     processes.from_main(lambda: work.mkdir(parents=True, exist_ok=True))
     state = hsivi_sm.init(teacher, config, load_student(start, config.device, network) if start else None)
-    if (work / CHECKPOINT).is_file():
-        resume(hsivi_sm, state, work)
+    progress = None
+    if checkpoints(work):
+        progress = resume(hsivi_sm, state, work, outputs.tell)
     else:
         processes.from_main(lambda: rewind_metrics(work / METRICS, 0))
     description = {
@@ -97,9 +111,9 @@ def distill(
     }
     history = read_metrics(work / METRICS)
 
-    def save(extra: dict[str, Any]) -> None:
-        extra = {"step": state.step} | _recorded(target, teacher.sha256) | extra
-        save_student(hsivi_sm.averaged_student(state, description | extra), target)
+    def save(extra: dict[str, Any], where: Path = target) -> None:
+        extra = {"step": state.step} | _recorded(where, teacher.sha256) | extra
+        save_student(hsivi_sm.averaged_student(state, description | extra), where)
 
     def preview(step: int) -> dict[str, float]:
         def draw(batch: range) -> Tensor:
@@ -113,24 +127,38 @@ def distill(
 
     def publish(step: int, images: np.ndarray, value: float | None) -> None:
         outputs.write_grid(images, work / f"samples-{step:06d}.png")
+        if value is None:
+            save({})
+            return
         measured = {"value": value, "n": outputs.fid_images} | outputs.fid_protocol
-        save({} if value is None else {"preview_fid": measured})
+        save({PREVIEW_FID: measured})
+        if _is_better(measured, best):
+            save({PREVIEW_FID: measured}, best)
 
     def on_log(record: dict[str, Any]) -> None:
+        while history and history[-1]["step"] >= record["step"]:  # of a course that a roll-back left
+            history.pop()
         history.append(record)
-        recent = history[-HISTORY:]
+        recent = _measured(history)[-HISTORY:] or [record]
         outputs.on_log(record, diagnose([r["fisher"] for r in recent], [r["critic_gap"] for r in recent]))
 
     loop = LoopConfig(
-        config.steps, config.seed, log_every=10, checkpoint_every=200, preview_every=outputs.preview_every
+        config.steps,
+        config.seed,
+        log_every=10,
+        checkpoint_every=200,
+        preview_every=outputs.preview_every,
+        keep=outputs.keep,
+        rollbacks=ROLLBACKS,
     )
-    stopped = run_loop(hsivi_sm, state, loop, work, Hooks(on_log, preview, on_step=outputs.on_step))
+    hooks = Hooks(on_log, preview, on_step=outputs.on_step, tell=outputs.tell)
+    stopped = run_loop(hsivi_sm, state, loop, work, hooks, progress)
 
     def finish() -> None:
         if not outputs.preview_every or not target.is_dir():
             save({})
         if stopped:
-            raise InterruptError(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
+            raise stopped(f"interrupted after the student for NFE {nfe} was finished; go on with --resume")
         curves = (*CURVES, f"fid@{outputs.fid_images}")
         plot_metrics(_diagnosed(read_metrics(work / METRICS)), curves, work / "curves.png")
 
@@ -173,7 +201,25 @@ def _recorded(student: Path, teacher_sha256: str) -> dict[str, Any]:
     return {TEACHER_FID: fields} if same else {}
 
 
+def _is_better(measured: dict[str, Any], best: Path) -> bool:
+    """Whether an FID is lower than that of the best student so far, or that one was measured in another way."""
+    if not math.isfinite(measured["value"]):
+        return False
+    if not (best / DESCRIPTION).is_file():
+        return True
+    before = read_json(best / DESCRIPTION).get(PREVIEW_FID) or {}
+    same = {**before, "value": None} == {**measured, "value": None}
+    return not same or bool(measured["value"] < before["value"])
+
+
+def _measured(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose step was not skipped in every update since the line before: they have values to average."""
+    names = ("fisher", "critic_gap")
+    return [r for r in records if all(r[name] is not None and math.isfinite(r[name]) for name in names)]
+
+
 def _diagnosed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records = _measured(records)
     mismatch, error = averages([r["fisher"] for r in records], [r["critic_gap"] for r in records])
     rows = zip(records, mismatch, error, strict=True)
     return [record | {"mismatch": m, "critic_error": e} for record, m, e in rows]

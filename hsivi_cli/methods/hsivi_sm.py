@@ -115,6 +115,7 @@ class DistillState:
     config: DistillConfig
     student_scaler: torch.amp.GradScaler
     critic_scaler: torch.amp.GradScaler
+    lr_scale: float = 1.0  # what the loop lowers when it rolls back
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,11 @@ def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = N
 
 
 def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) -> dict[str, float]:
-    """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None."""
-    config = state.config
+    """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None.
+
+    The metric `skipped` counts the updates that were left out because their loss or gradient was not finite.
+    """
+    config, skipped = state.config, 0.0
     state.step += 1
     draws = StepDraws(config.seed, state.step, generator, config.device)
     share = share_of(config.batch, config.accumulate)
@@ -198,7 +202,9 @@ def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) 
         if update and not config.rollout_cache:
             rollout = roll_out_together(state, draws)
         critic_metrics = critic_step(state, rollout, draws, share)
-    return critic_metrics | student_step(state, rollout, draws, share)
+        skipped += critic_metrics["skipped"]
+    student_metrics = student_step(state, rollout, draws, share)
+    return critic_metrics | student_metrics | {"skipped": skipped + student_metrics["skipped"]}
 
 
 def roll_out_together(state: DistillState, draws: StepDraws) -> Rollout:
@@ -260,10 +266,12 @@ def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, share: 
         critic_eps = _eps(state, state.critic, at.y, at.t, rollout.labels_of(inputs))
         return critic_loss(critic_eps, at.target, at.noise_scale), {}
 
-    rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    schedule = LearningRate(state.lr_scale * config.lr_critic, config.warmup, config.lr_schedule)
+    rate = schedule.at(state.step, config.steps)
     optimiser, parameters = state.critic_optimiser, state.critic.parameters()
     update = apply_update(loss_of, share.parts, optimiser, parameters, rate, config.clip, state.critic_scaler)
-    return {"critic_loss": update.means["loss"], "critic_grad_norm": update.norm}
+    skipped = float(not update.stepped)
+    return {"critic_loss": update.means["loss"], "critic_grad_norm": update.norm, "skipped": skipped}
 
 
 def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share: Share) -> dict[str, float]:
@@ -288,13 +296,15 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share:
         gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
         return loss, {"fisher": fisher, "critic_gap": gap}
 
-    rate = LearningRate(config.lr_student, config.warmup, config.lr_schedule).at(state.step, config.steps)
+    schedule = LearningRate(state.lr_scale * config.lr_student, config.warmup, config.lr_schedule)
+    rate = schedule.at(state.step, config.steps)
     optimiser, parameters = state.student_optimiser, [*state.student.parameters(), state.log_gamma]
     state.critic.requires_grad_(False)
     update = apply_update(loss_of, share.parts, optimiser, parameters, rate, config.clip, state.student_scaler)
     state.critic.requires_grad_(True)
-    update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
-    update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
+    if update.stepped:
+        update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
+        update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
     return {
         "student_loss": update.means["loss"],
         "student_grad_norm": update.norm,
@@ -302,6 +312,7 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share:
         "critic_gap": update.means["critic_gap"],
         "log_gamma": state.log_gamma.mean().item(),
         "lr_student": rate,
+        "skipped": float(not update.stepped),
     }
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import Stream, generator
-from hsivi_cli.errors import InputError, InterruptError
+from hsivi_cli.errors import InputError
 from hsivi_cli.io.latent_draws import LatentDraws
 from hsivi_cli.io.rows import Rows, binarise, clean, read_rows
-from hsivi_cli.io.run_directory import CHECKPOINT
+from hsivi_cli.io.run_directory import checkpoints
 from hsivi_cli.methods.ddvi_classes import assign
 from hsivi_cli.methods.latent_registry import (
     MANY_MODES,
@@ -188,7 +188,7 @@ def train(
     if isinstance(model.prior, ClusterPrior) and clustered:
         model.prior.broaden()
     state = module.init(LatentTask(rows, model, known), config)
-    if resume and (directory / CHECKPOINT).is_file():
+    if resume and checkpoints(directory):
         loop.resume(module, state, directory)
     batch: Any = _batches(rows, known, getattr(config, "batch", BATCH))
     hooks = loop.Hooks(lambda record: on_log(record | {"steps": config.steps, "method": name}), batch=batch)
@@ -196,8 +196,8 @@ def train(
 
     def run_to(last: int) -> None:
         settings = loop.LoopConfig(last, config.seed, LOG_EVERY, checkpoint_every=NEVER)
-        if loop.run_loop(module, state, settings, directory, hooks):
-            raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+        if stopped := loop.run_loop(module, state, settings, directory, hooks):
+            raise stopped("interrupted after the last step; checkpoint written, go on with --resume")
 
     prior = state.model.prior
     if isinstance(prior, ClusterPrior) and not prior.placed:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hsivi_cli.engine import loop
 from hsivi_cli.engine.seeds import NoiseStreams
-from hsivi_cli.errors import InputError, InterruptError
+from hsivi_cli.errors import InputError
 from hsivi_cli.evaluation.pareto import Smoothed, resample, smooth_weights
 from hsivi_cli.io.draws import Draws
-from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
+from hsivi_cli.io.run_directory import METRICS, checkpoints
 from hsivi_cli.methods import langevin_vi
 from hsivi_cli.methods.gaussian_start import find_start, raw_start
 from hsivi_cli.methods.gaussian_vi import GaussianFit
@@ -131,7 +131,7 @@ def fit_posterior(
         if method == AUTO:
             fit.degrees, fit.pilot = found.chosen.degrees, found.chosen.weights
     if method != AUTO:
-        resume = resume and (directory / CHECKPOINT).is_file()
+        resume = resume and bool(checkpoints(directory))
         if options.paper and fit.module is langevin_vi and not resume:
             fit.state = _published_state(fit, on_log)
         _train(fit, directory, on_log, resume)
@@ -253,15 +253,16 @@ def _train(fit: Fit, directory: Path, on_log: Callable[[dict[str, Any]], None], 
     if resume:
         loop.resume(fit.module, fit.state, directory)
     else:
-        (directory / METRICS).unlink(missing_ok=True)
+        for path in (directory / METRICS, *checkpoints(directory)):
+            path.unlink(missing_ok=True)
 
     def log(record: dict[str, Any]) -> None:
         fit.trace.append((record["step"], record["elbo"]))
         on_log(record | {"method": fit.method, "steps": steps})
 
     config = loop.LoopConfig(steps, fit.options.seed, _log_every(steps), NEVER)
-    if loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log)):
-        raise InterruptError("interrupted after the last step; checkpoint written, go on with --resume")
+    if stopped := loop.run_loop(fit.module, fit.state, config, directory, loop.Hooks(log)):
+        raise stopped("interrupted after the last step; checkpoint written, go on with --resume")
 
 
 def _log_every(steps: int) -> int:
@@ -276,8 +277,8 @@ def _published_state(fit: Fit, on_log: Callable[[dict[str, Any]], None]) -> Any:
         settings = loop.LoopConfig(config.steps, fit.options.seed ^ STAGE_SEED, _log_every(config.steps), NEVER)
         hooks = loop.Hooks(lambda record: on_log(record | {"method": "vi (stage 1)", "steps": config.steps}))
         method: Any = langevin_vi
-        if loop.run_loop(method, first, settings, Path(directory), hooks):
-            raise InterruptError("interrupted after stage 1: nothing was kept of it")
+        if stopped := loop.run_loop(method, first, settings, Path(directory), hooks):
+            raise stopped("interrupted after stage 1: nothing was kept of it")
     return langevin_vi.init(fit.state.density, config, *langevin_vi.reference(first))
 
 

@@ -36,7 +36,8 @@ def fit_directory(
             with tempfile.TemporaryDirectory(prefix="hsivi-") as directory:
                 yield Path(directory)
         except (InterruptError, KeyboardInterrupt) as err:
-            raise InterruptError("interrupted; nothing was kept: with --save DIR a run can go on later") from err
+            kind = type(err) if isinstance(err, InterruptError) else InterruptError
+            raise kind("interrupted; nothing was kept: with --save DIR a run can go on later") from err
         return
     config = {"kind": POSTERIOR, "draws": draws, **settings, "source": _source_facts(source, data)}
     try:

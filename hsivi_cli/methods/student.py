@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from hsivi_cli.bridges.schedule import NoiseSchedule, make_grid, schedule_from_c
 from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import asset, atomic_directory, read_json, write_json
+from hsivi_cli.io.files import asset, atomic_directory, check_sums, read_json, write_json, write_sums
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.networks.noise_prediction import PlainNetwork, class_count, predict_eps, sample_labels
@@ -33,6 +34,8 @@ FORMAT = 1
 DESCRIPTION = "hsivi.json"
 LOG_GAMMA = "log_gamma.safetensors"
 TEACHER_FID = "teacher_fid"
+PREVIEW_FID = "preview_fid"
+_BEST = re.compile(r"nfe(\d+)-best")
 # what a recorded FID of the teacher must say, and what kind of thing that is
 TEACHER_FID_FIELDS: dict[str, type | tuple[type, ...]] = {
     "value": (int, float),
@@ -163,9 +166,10 @@ def save_student(student: Student, path: Path) -> None:
     with atomic_directory(path, overwrite=True) as directory:
         save_network(student.unet, directory / "unet")
         save_file({"log_gamma": student.log_gamma.detach().cpu().contiguous()}, directory / LOG_GAMMA)
-        fields = chain_fields(student.grid, student.eta, student.schedule)
-        write_json(directory / DESCRIPTION, fields | student.description)
-        save_pipeline_files(student, directory)
+        fields = chain_fields(student.grid, student.eta, student.schedule) | student.description
+        write_json(directory / DESCRIPTION, fields | {"chain_sha256": chain_sha256(fields)})
+        write_sums(directory, leave_out=(DESCRIPTION,))
+        save_pipeline_files(student, directory)  # after the sums: no part of a student, and not missed
 
 
 def chain_fields(grid: Sequence[int], eta: float, schedule: NoiseSchedule) -> dict[str, Any]:
@@ -206,6 +210,9 @@ def load_student(path: Path, device: str = "cpu", network: str | None = None) ->
             raise InputError(f"{path / DESCRIPTION}: eta {eta} is not between 0 and 1")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise InputError(f"{path / DESCRIPTION} is not a student's description: {err!r}") from err
+    if fields.get("chain_sha256", chain_sha256(fields)) != chain_sha256(fields):
+        raise InputError(f"{path / DESCRIPTION} is damaged: nfe, grid, eta or schedule do not match its chain_sha256")
+    check_sums(path)
     unet = load_network(path / "unet", network).to(device).eval().requires_grad_(False)
     try:
         log_gamma = load_file(path / LOG_GAMMA)["log_gamma"]
@@ -217,6 +224,12 @@ def load_student(path: Path, device: str = "cpu", network: str | None = None) ->
             f"{path / LOG_GAMMA}: shape {tuple(log_gamma.shape)} does not fit images of {shape}, or not finite"
         )
     return Student(unet, log_gamma.float().to(device), grid, eta, schedule, fields, path, student_sha256(path))
+
+
+def chain_sha256(fields: dict[str, Any]) -> str:
+    """Hash of what a student's description computes with; the rest of it (paths, recipe, FIDs) may be written to."""
+    chain = {name: fields[name] for name in ("format", "nfe", "grid", "eta", "schedule")}
+    return hashlib.sha256(json.dumps(chain, sort_keys=True).encode()).hexdigest()
 
 
 def student_sha256(path: Path) -> str:
@@ -262,11 +275,15 @@ def record_teacher_fid(student: Path, fields: dict[str, Any]) -> None:
 
 
 def find_students(path: Path) -> dict[int, Path]:
-    """Students in a run directory, by NFE; a student directory is its own only student."""
+    """Students in a run directory, by NFE; a student directory is its own only student.
+
+    The best of a run by FID has the NFE of its last: it is asked for by its own path.
+    """
     own = path / DESCRIPTION
     found = sorted(path.glob(f"*/{DESCRIPTION}"))
     # a dot begins the temporaries that a killed process leaves behind
-    candidates = [own] if own.is_file() else [file for file in found if not file.parent.name.startswith(".")]
+    hidden = [file for file in found if file.parent.name.startswith(".") or _BEST.fullmatch(file.parent.name)]
+    candidates = [own] if own.is_file() else [file for file in found if file not in hidden]
     students: dict[int, Path] = {}
     for file in candidates:
         nfe = read_json(file).get("nfe")
@@ -276,6 +293,17 @@ def find_students(path: Path) -> dict[int, Path]:
             raise InputError(f"{students[nfe]} and {file.parent} are both students for NFE {nfe}: name one of them")
         students[nfe] = file.parent
     return dict(sorted(students.items()))
+
+
+def best_directory(run: Path, nfe: int) -> Path:
+    """Where a run keeps the student of this NFE that had the lowest FID at a preview."""
+    return run / f"nfe{nfe}-best"
+
+
+def find_best(path: Path) -> dict[int, Path]:
+    """The best students by FID in a run directory, by NFE."""
+    matches = [(_BEST.fullmatch(file.parent.name), file.parent) for file in path.glob(f"*/{DESCRIPTION}")]
+    return dict(sorted((int(match[1]), folder) for match, folder in matches if match))
 
 
 def select_student(path: Path | None, nfe: int | None) -> Path:

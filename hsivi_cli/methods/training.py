@@ -16,14 +16,15 @@ from hsivi_cli.engine import processes
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import atomic_directory, write_json
+from hsivi_cli.io.files import atomic_directory, write_json, write_sums
 from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
-from hsivi_cli.io.run_directory import CHECKPOINT, METRICS
+from hsivi_cli.io.run_directory import METRICS, checkpoints
 from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.sampling import to_uint8
 from hsivi_cli.targets.score_net import score_net_sha256
 
 PREVIEW_IMAGES = 64
+ROLLBACKS = 3  # before a run that diverges again and again is given up
 HEAD_WIDTH = 8  # of an attention head in UNet2DModel
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -83,15 +84,19 @@ def train(
     write_grid: Callable[[Any, Path], None],
     on_log: Callable[[dict[str, Any]], None],
     on_step: Callable[[int], None] = lambda step: None,
+    tell: Callable[[str], None] = lambda sentence: None,
+    keep: int = 2,
 ) -> Trained:
     """Train to `config.steps`, with previews, checkpoints and loss curves, then publish the pipeline.
 
-    `had_run` restores the last checkpoint first, if one was written; `write_grid(uint8 NHWC, path)` draws a preview.
+    `had_run` restores the last checkpoint first, if one was written; `write_grid(uint8 NHWC, path)` draws a preview;
+    `tell(sentence)` hears of roll-backs and of damaged checkpoints; the last `keep` checkpoints are kept.
     """
     started = time.monotonic()
     state = ddpm.init(None, config)
-    if had_run and (directory / CHECKPOINT).is_file():
-        resume(ddpm, state, directory)
+    progress = None
+    if had_run and checkpoints(directory):
+        progress = resume(ddpm, state, directory, tell)
     else:
         processes.from_main(lambda: rewind_metrics(directory / METRICS, 0))
 
@@ -104,10 +109,21 @@ def train(
     def batch(draws: torch.Generator) -> UInt8[Tensor, "n c h w"]:
         return ddpm.draw_batch(images, config.batch, draws)
 
-    hooks = Hooks(on_log, lambda step: processes.from_main(lambda: preview(step)), batch, on_step)
-    loop = LoopConfig(config.steps, config.seed, log_every=50, checkpoint_every=500, preview_every=preview_every)
-    run_loop(ddpm, state, loop, directory, hooks)
-    return processes.from_main(lambda: _finish(state, directory, time.monotonic() - started))
+    hooks = Hooks(on_log, lambda step: processes.from_main(lambda: preview(step)), batch, on_step, tell)
+    loop = LoopConfig(
+        config.steps,
+        config.seed,
+        log_every=50,
+        checkpoint_every=500,
+        preview_every=preview_every,
+        keep=keep,
+        rollbacks=ROLLBACKS,
+    )
+    stopped = run_loop(ddpm, state, loop, directory, hooks, progress)
+    trained = processes.from_main(lambda: _finish(state, directory, time.monotonic() - started))
+    if stopped:
+        raise stopped("interrupted after the last step; everything is written")
+    return trained
 
 
 def _finish(state: ddpm.DDPMState, directory: Path, seconds: float) -> Trained:
@@ -129,6 +145,7 @@ def publish(state: ddpm.DDPMState, directory: Path) -> None:
 
     with atomic_directory(directory / "unet", overwrite=True) as unet:
         state.ema.save_pretrained(unet, safe_serialization=True)
+        write_sums(unet)
     scheduler = DDPMScheduler.from_config(state.config.schedule)
     with atomic_directory(directory / "scheduler", overwrite=True) as folder:
         scheduler.save_pretrained(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import read_json, write_json
+from hsivi_cli.io.files import check_sums, read_json, write_json
 from hsivi_cli.networks.noise_prediction import PLAIN, PlainNetwork
 
 # classes that a directory may name, and the modules they are in
@@ -40,6 +40,7 @@ def load_network(directory: Path, network: str | None = None) -> nn.Module:
 
     `network` is the user's `FILE:FUNCTION`, for a network of theirs.
     """
+    check_sums(directory)
     config = read_json(directory / CONFIG)
     kind = config.get("_class_name", "UNet2DModel")
     if kind == PLAIN:

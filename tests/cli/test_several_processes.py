@@ -162,11 +162,11 @@ def test_a_signal_to_one_stops_all_and_another_number_of_processes_goes_on(tmp_p
 def full_disk(*argv):
     from hsivi_cli.engine import loop
 
-    def save(path, tree):
+    def save(directory, *rest):
         assert processes.is_main()
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
-    loop.save_checkpoint = save
+    loop.keep_checkpoint = save
     return command(*argv)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hsivi_cli.cli.app import main
+from hsivi_cli.io.run_directory import checkpoints
 
 TRAIN = ["train", "--data", "digits", "--steps", "6", "--batch", "8", "--channels", "16,32", "--warmup", "2"]
 DISTILL = ["--nfe", "2,3", "--steps", "4", "--batch", "8", "--critic-steps", "2", "--preview-every", "2"]
@@ -35,14 +36,15 @@ def test_training_resumes_bit_exactly_and_refuses_other_options(teacher, tmp_pat
     from hsivi_cli.engine import loop
 
     stopped = tmp_path / "stopped"
-    original = loop.save_checkpoint
+    original = loop.keep_checkpoint
 
-    def stop(path, tree):
-        original(path, tree)
-        raise KeyboardInterrupt
+    def stop(directory, tree, step, *rest):
+        original(directory, tree, step, *rest)
+        if step:
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", stop)
+        patch.setattr(loop, "keep_checkpoint", stop)
         patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         assert main([*TRAIN, "--out", str(stopped), "--preview-every", "3"]) == 130
     assert not (stopped / "unet").exists()
@@ -95,16 +97,15 @@ def test_distill_resumes_bit_exactly_after_a_kill(teacher, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     arguments = ["distill", "--score-net", str(teacher), *DISTILL]
     assert main([*arguments, "--out", str(straight)]) == 0
-    original, calls = loop.save_checkpoint, []
+    original = loop.keep_checkpoint
 
-    def crash(path, tree):
-        original(path, tree)
-        calls.append(path)
-        if len(calls) == 6:  # four for NFE 2, then in the middle of NFE 3
+    def crash(directory, tree, step, *rest):
+        original(directory, tree, step, *rest)
+        if (directory.name, step) == ("nfe3", 2):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", crash)
+        patch.setattr(loop, "keep_checkpoint", crash)
         patch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         assert main([*arguments, "--out", str(stopped)]) == 130
     assert main([*arguments, "--out", str(stopped), "--resume"]) == 0
@@ -209,7 +210,8 @@ def test_first_checkpoint_not_reached_starts_over_without_double_lines(teacher, 
     arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(run)]
     assert main(arguments) == 0
     work = run / "training" / "nfe2"
-    (work / "checkpoint.safetensors").unlink()
+    for path in checkpoints(work):
+        path.unlink()
     with (work / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "fi')
     assert main([*arguments, "--resume"]) == 0
@@ -263,7 +265,7 @@ def test_a_first_run_that_fails_does_not_block_the_next(teacher, tmp_path, capsy
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    distil = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "4", "--batch", "4", "--warmup", "0"]
+    distil = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "6", "--batch", "4", "--warmup", "0"]
     train = [*TRAIN, "--warmup", "0"]
     for command in ([*distil, "--critic-steps", "1", "--preview-every", "2"], [*train, "--preview-every", "2"]):
         out = tmp_path / command[0]
@@ -288,19 +290,20 @@ def test_a_first_run_that_fails_does_not_block_the_next(teacher, tmp_path, capsy
 def test_a_late_failure_keeps_the_run_and_says_how_to_go_on(teacher, tmp_path, capsys):
     from hsivi_cli.engine import loop
 
-    command = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "4", "--batch", "4"]
+    command = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "9", "--batch", "4"]
     command += ["--critic-steps", "1", "--preview-every", "1", "--out", str(tmp_path / "run")]
     with pytest.MonkeyPatch.context() as patch:
         whole, calls = loop.append_metrics, []
         patch.setattr(loop, "append_metrics", lambda *a: calls.append(1) or (whole(*a) if len(calls) < 3 else 1 / 0))
         assert main(command) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
-    assert (tmp_path / "run" / "training" / "nfe2" / "checkpoint.safetensors").is_file()
+    assert checkpoints(tmp_path / "run" / "training" / "nfe2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.math, "isfinite", lambda value: False)
         assert main([*command, "--resume"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: diverged: the gradient is not finite: use a lower --lr; ")
+    assert line.startswith("error: diverged: critic_loss is ")
+    assert ", after 3 roll-backs to lower rates: use a lower --lr; " in line
     assert line.endswith("run is kept: --resume goes on with it, another --out starts afresh")
     assert main([*command, "--resume"]) == 0
 
@@ -331,6 +334,7 @@ def test_a_recorded_fid_of_the_teacher_survives_more_training(teacher, tmp_path)
     fields = {"value": 1.5, "n": 10, "solver": "ddpm", "nfe": 1000, "reference_sha256": "a", "extractor_sha256": "b"}
     fields |= {"teacher_sha256": load_score_net(teacher).sha256}
     record_teacher_fid(run / "nfe2", fields)
-    (run / "training" / "nfe2" / "checkpoint.safetensors").unlink()
+    for path in checkpoints(run / "training" / "nfe2"):
+        path.unlink()
     assert main([*command, "--resume"]) == 0
     assert load_student(run / "nfe2").description["teacher_fid"] == fields

@@ -1,9 +1,12 @@
 """Seeds, learning rates, averages and the diagnosis."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from hsivi_cli.engine.checkpoint import pack
 from hsivi_cli.engine.diagnosis import diagnose
 from hsivi_cli.engine.optimisation import LearningRate, apply_update, update_ema
 from hsivi_cli.engine.seeds import NoiseStreams, Stream, generator
@@ -52,19 +55,43 @@ def test_ema_of_a_constant_is_the_constant_and_starts_fast():
     assert average.item() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_clipping_bounds_the_step_and_nan_moves_nothing():
+def apply_loss(loss, optimiser, parameters, clip=1.0):
+    return apply_update(lambda part: (loss, {}), [(slice(0, 1), 1.0)], optimiser, parameters, 0.1, clip)
+
+
+def test_clipping_bounds_the_step():
     w = torch.nn.Parameter(torch.zeros(2))
     optimiser = torch.optim.SGD([w], lr=1.0)
+    update = apply_loss((w * torch.tensor([30.0, 40.0])).sum(), optimiser, [w])
+    assert update.norm == pytest.approx(50.0)
+    assert update.stepped
+    assert w.detach().norm().item() == pytest.approx(0.1, rel=1e-4)
 
-    def update(slope):
-        return apply_update(lambda part: ((w * slope).sum(), {}), [(slice(0, 1), 1.0)], optimiser, [w], 1.0, 1.0)
 
-    first = update(torch.tensor([30.0, 40.0]))
-    assert first.norm == pytest.approx(50.0)
-    moved = w.detach().clone()
-    assert moved.norm().item() == pytest.approx(1.0, rel=1e-4)
-    assert not update(float("nan")).stepped
-    assert torch.equal(w, moved)
+def losses_that_are_not_finite():
+    yield lambda w: (w * float("nan")).sum()
+    yield lambda w: w.sum() / 0  # infinite, and its gradient with it
+    yield lambda w: w.sum() + float("inf")  # infinite, with a gradient that is finite
+    yield lambda w: w.sqrt().sum()  # finite, with a gradient that is not
+
+
+@pytest.mark.parametrize("loss", losses_that_are_not_finite())
+def test_a_step_that_is_not_finite_touches_nothing(loss):
+    w = torch.nn.Parameter(torch.zeros(2))
+    v = torch.nn.Parameter(torch.ones(3))  # another parameter, whose own gradient is finite
+    optimiser = torch.optim.Adam([w, v], amsgrad=True)
+    apply_loss(w.sum() + v.sum(), optimiser, [w, v])
+    with torch.no_grad():
+        w.zero_()
+    before, _ = pack([w, v, optimiser.state_dict()])
+    update = apply_loss(loss(w) + v.sum(), optimiser, [w, v])
+    assert not update.stepped
+    assert not math.isfinite(update.norm)
+    after, _ = pack([w, v, optimiser.state_dict()])
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert apply_loss(w.sum() + v.sum(), optimiser, [w, v]).stepped
+    assert not torch.equal(w, before["/0"])
 
 
 def judge(mismatch, error):

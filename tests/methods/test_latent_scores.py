@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hsivi_cli.engine import loop
+from hsivi_cli.errors import InterruptError
 from hsivi_cli.io.rows import Rows
-from hsivi_cli.methods import latent_fit
 from hsivi_cli.methods.latent_fit import latents_of, place_clusters, prepare, train, typical_draw
 from hsivi_cli.methods.latent_registry import LatentOptions
 from hsivi_cli.methods.latent_scores import KMEANS, MIXTURE, PRIOR, score_map
@@ -107,11 +107,11 @@ def test_a_run_stopped_before_or_after_the_clusters_are_placed_goes_on_the_same(
             cut = min(config.steps, last)
             stopped = original(method, state, loop.LoopConfig(cut, config.seed), directory, hooks)
             if cut == last:
-                raise latent_fit.InterruptError("stopped")
+                raise InterruptError("stopped")
             return stopped
 
         monkeypatch.setattr(loop, "run_loop", stopping)
-        with pytest.raises(latent_fit.InterruptError):
+        with pytest.raises(InterruptError):
             parameters(str(last), False)
         monkeypatch.setattr(loop, "run_loop", original)
         for ours, theirs in zip(parameters(str(last), True), whole, strict=True):

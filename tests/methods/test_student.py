@@ -8,7 +8,16 @@ import torch
 
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
-from hsivi_cli.methods.student import load_student, record_teacher_fid, sample_student, save_student, select_student
+from hsivi_cli.methods.student import (
+    LOG_GAMMA,
+    find_best,
+    find_students,
+    load_student,
+    record_teacher_fid,
+    sample_student,
+    save_student,
+    select_student,
+)
 
 
 @pytest.fixture
@@ -59,8 +68,11 @@ def test_forwards_are_the_nfe(tiny_student):
 
 
 def edit(path, **fields):
+    """Change a student on purpose, as its author may: without its checksums."""
     file = path / "hsivi.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    (path / "SHA256SUMS").unlink(missing_ok=True)
+    before = {key: value for key, value in json.loads(file.read_text()).items() if key != "chain_sha256"}
+    file.write_text(json.dumps(before | fields))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +93,49 @@ def test_broken_students_are_named(copied, damage, what):
     damage(copied)
     with pytest.raises(InputError, match=what):
         load_student(copied)
+
+
+def flip(file, where):
+    data = bytearray(file.read_bytes())
+    data[int(where * len(data))] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json", LOG_GAMMA])
+@pytest.mark.parametrize("where", [0.3, 0.9])
+def test_a_flipped_bit_is_refused_in_one_line_that_names_the_file(copied, name, where):
+    flip(copied / name, where)
+    with pytest.raises(InputError, match=f"{name} is damaged: ") as raised:
+        load_student(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_chain_that_was_not_written_so_is_refused(copied):
+    file = copied / "hsivi.json"
+    file.write_text(file.read_text().replace('"eta": 0.2', '"eta": 0.3'))
+    with pytest.raises(InputError, match=r"hsivi\.json is damaged: .*eta"):
+        load_student(copied)
+
+
+def test_checksums_are_those_that_sha256sum_reads(copied):
+    import subprocess
+
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=copied, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()) == [
+        "log_gamma.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_the_best_of_a_run_is_asked_for_by_its_own_path(tiny_student, tmp_path):
+    for name in ("nfe3", "nfe3-best", "nfe3-best.tmp"):
+        shutil.copytree(tiny_student, tmp_path / name)
+    shutil.rmtree(tmp_path / "nfe3-best.tmp")
+    assert find_students(tmp_path) == {3: tmp_path / "nfe3"}
+    assert find_best(tmp_path) == {3: tmp_path / "nfe3-best"}
+    assert select_student(tmp_path / "nfe3-best", 3) == tmp_path / "nfe3-best"
 
 
 def test_a_run_offers_its_students(tiny_student, tmp_path):
@@ -116,6 +171,7 @@ def test_the_hash_is_of_what_a_student_computes_with(copied, changes, same):
 def test_the_hash_follows_the_tensors_and_the_architecture(copied, tmp_path):
     from safetensors.torch import load_file, save_file
 
+    edit(copied)
     found = {load_student(copied).sha256}
     for name in ("log_gamma.safetensors", "unet/diffusion_pytorch_model.safetensors"):
         tensors = load_file(copied / name)
