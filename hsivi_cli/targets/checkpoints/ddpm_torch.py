@@ -23,7 +23,7 @@ from hsivi_cli.targets.checkpoints.architecture import (
     scheduler,
 )
 from hsivi_cli.targets.checkpoints.build import Converted, build_network
-from hsivi_cli.targets.checkpoints.layout import Module, attention, check_stem, rename, resampling, take
+from hsivi_cli.targets.checkpoints.layout import Module, attention, check_stem, level_channels, rename, resampling, take
 
 MAX_LEVELS, MAX_BLOCKS = 12, 64
 SIDES = {"mnist": 32, "cifar10": 32, "celeba": 64, "celeba_hq": 256}
@@ -86,9 +86,7 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
     blocks = 0
     while blocks < MAX_BLOCKS and f"{_block('downsamples', 0, blocks, attends[0])}.conv1.weight" in tensors:
         blocks += 1
-    channels = tuple(
-        take(tensors, f"{_first(tensors, level)}.conv1.weight", path, 4).shape[0] for level in range(levels)
-    )
+    channels = tuple(level_channels(tensors, f"{_first(tensors, level)}.conv2", path) for level in range(levels))
     stem = take(tensors, "in_conv.weight", path, 4)
     check_stem(stem, channels[0], path)
     return Architecture(

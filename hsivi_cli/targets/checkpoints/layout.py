@@ -22,6 +22,14 @@ def take(tensors: Mapping[str, Tensor], name: str, path: Path, dims: int) -> Ten
     return tensor
 
 
+def level_channels(tensors: Mapping[str, Tensor], name: str, path: Path) -> int:
+    """Channels of a level by a convolution inside it; being square, it bounds what is allocated by the file."""
+    weight = take(tensors, f"{name}.weight", path, 4)
+    if weight.shape[0] != weight.shape[1]:
+        raise InputError(f"{path}: weight {name}.weight has shape {list(weight.shape)}, which is not square")
+    return weight.shape[0]
+
+
 def check_stem(stem: Tensor, first: int, path: Path) -> None:
     """Raise InputError where the first convolution and the first level differ in channels."""
     if stem.shape[0] != first:
@@ -47,17 +55,14 @@ def attention(
     """A 1x1-convolution attention (`joint` makes q, k and v, `out` projects back) as diffusers' four linear layers."""
     renamed = {}
     for part in ("weight", "bias"):
-        width = take(tensors, f"{out}.weight", path, tensors[f"{out}.weight"].ndim if f"{out}.weight" in tensors else 4)
-        rows = tensors.get(f"{joint}.{part}")
-        if rows is None or f"{out}.{part}" not in tensors:
-            raise InputError(f"{path}: weight {joint}.{part} or {out}.{part} is missing: the checkpoint is incomplete")
-        if rows.ndim == 0 or rows.shape[0] != 3 * width.shape[0]:
-            raise InputError(
-                f"{path}: weight {joint}.{part} has shape {list(rows.shape)}, not 3 x {width.shape[0]} rows"
-            )
+        for name in (f"{joint}.{part}", f"{out}.{part}"):
+            if name not in tensors:
+                raise InputError(f"{path}: weight {name} is missing: the checkpoint is incomplete")
+        rows, projection = tensors[f"{joint}.{part}"], tensors[f"{out}.{part}"]
+        if not rows.ndim or rows.shape[0] != 3 * projection.shape[:1].numel() or rows.shape[0] % (3 * (heads or 1)):
+            raise InputError(f"{path}: weight {joint}.{part} has shape {list(rows.shape)}, which is no q, k and v")
         for name, value in zip(("to_q", "to_k", "to_v"), split_qkv(rows, heads), strict=True):
             renamed[f"{here}.{name}.{part}"] = value
-        projection = tensors[f"{out}.{part}"]
         renamed[f"{here}.to_out.0.{part}"] = projection.flatten(1) if projection.ndim > 1 else projection
     return renamed
 

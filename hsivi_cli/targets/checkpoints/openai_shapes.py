@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.checkpoints.layout import Module, check_stem, take
+from hsivi_cli.targets.checkpoints.layout import Module, check_stem, level_channels, take
 
 MAX_LEVELS, MAX_BLOCKS = 12, 600
 
@@ -48,10 +48,8 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> Architecture:
     if levels > MAX_LEVELS or blocks_up % levels or blocks_up // levels < 2:
         raise InputError(f"{path}: {blocks_up} output_blocks do not make {levels} equal levels: it is no OpenAI UNet")
     each = blocks_up // levels
-    channels = tuple(
-        take(tensors, f"input_blocks.{level * each + 1}.0.out_layers.3.weight", path, 4).shape[0]
-        for level in range(levels)
-    )
+    firsts = [f"input_blocks.{level * each + 1}" for level in range(levels)]
+    channels = tuple(level_channels(tensors, f"{first}.0.out_layers.3", path) for first in firsts)
     stem = take(tensors, "input_blocks.0.0.weight", path, 4)
     time = take(tensors, "time_embed.0.weight", path, 2)
     check_stem(stem, channels[0], path)
