@@ -103,7 +103,8 @@ def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: flo
     Once only, if asked or where stdout is no terminal. Ctrl-C is how a user leaves, and no failure.
     """
     live_here = stdout().isatty() and not once
-    screen = Console(file=stdout(), highlight=False)
+    # off a terminal a line is a line, however long
+    screen = Console(file=stdout(), highlight=False, width=None if stdout().isatty() else 10_000)
     shown, final = look(screen, live_here)
     if final or not live_here:
         screen.print(look(screen, False)[0])

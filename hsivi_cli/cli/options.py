@@ -8,6 +8,15 @@ import typer
 if TYPE_CHECKING:
     from hsivi_cli.targets.score_net import NetworkOptions
 
+
+def _check_tensorboard(wanted: bool) -> bool:
+    from hsivi_cli.io.event_log import check_tensorboard
+
+    if wanted:
+        check_tensorboard()
+    return wanted
+
+
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed; one independent stream a sample.")]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Samples a network call; the noise does not depend on it.")
@@ -87,7 +96,12 @@ Prediction = Annotated[
 ]
 Label = Annotated[int | None, typer.Option("--class", min=0, help="Class to draw; default: all of them in turn.")]
 TensorBoard = Annotated[
-    bool, typer.Option("--tensorboard", help="Write TensorBoard event files too, beside the metrics of the run.")
+    bool,
+    typer.Option(
+        "--tensorboard",
+        callback=_check_tensorboard,
+        help="Write TensorBoard event files too, beside the metrics of the run.",
+    ),
 ]
 Keep = Annotated[int, typer.Option("--keep", min=1, help="Checkpoints to keep: the newest, and those before it.")]
 OutDirectory = Annotated[Path, typer.Option("--out", help="Directory to write.")]

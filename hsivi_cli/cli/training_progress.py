@@ -11,33 +11,34 @@ from hsivi_cli.cli.wording import duration, pace
 from hsivi_cli.io.event_log import EventLog
 
 SECONDS_BETWEEN_LINES = 30.0  # a log of a long run must not be flooded
+SECONDS_TO_SECOND_LINE = 5.0  # the first that knows the pace
 
 
 class Pace:
     """Seconds a step since this process took up the training: what ran before a resumption is not counted.
 
-    The first step pays for warming up, and is left out as soon as there is a second.
+    Nor is the first step, which pays for warming up.
     """
 
-    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, steps: int, clock: Callable[[], float]) -> None:
         self.steps, self._clock = steps, clock
-        self.began = self._since = self._latest = clock()
+        self._began = self._latest = clock()
         self.step = self._first = 0
-        self._counted = False
+        self._since: float | None = None
 
     def at(self, step: int) -> None:
         """Note that this step is done; one that is not above the last begins anew, as after a roll-back."""
         now = self._clock()
-        if not self._counted or step <= self.step:
-            self._since, self._first = (now, step) if self._counted else (self._since, step - 1)
-        elif self._first == self.step - 1:
-            self._since, self._first = self._latest, self.step
-        self.step, self._latest, self._counted = step, now, True
+        if self._since is None or step <= self.step:
+            self._since, self._first = now, step
+        self.step, self._latest = step, now
 
     @property
     def seconds_per_step(self) -> float | None:
         """The mean; None as long as there is nothing to measure."""
-        return (self._latest - self._since) / (self.step - self._first) if self.step > self._first else None
+        if self._since is None or self.step <= self._first:
+            return None
+        return (self._latest - self._since) / (self.step - self._first)
 
     @property
     def seconds_left(self) -> float | None:
@@ -49,10 +50,12 @@ class Pace:
 
     def __str__(self) -> str:
         rate, left = self.seconds_per_step, self.seconds_left
-        if rate is None or left is None:
-            return ""
-        took = f"took {duration(self._clock() - self.began)}"
-        return f"{pace(rate)}  " + (took if self.step >= self.steps else f"about {duration(left)} left")
+        words = [pace(rate)] if rate is not None else []
+        if self.step >= self.steps:
+            words.append(f"took {duration(self._latest - self._began)}")
+        elif left is not None:
+            words.append(f"about {duration(left)} left")
+        return "  ".join(words)
 
 
 class _Display(Protocol):
@@ -98,15 +101,16 @@ def follow(title: str, steps: int, events: Path | None = None) -> Iterator[Follo
 
 
 class _Lines:
-    """A line for the first step, so that a log shows that it runs, then one every half minute."""
+    """A line for the first step, so that a log shows that it runs, one with a pace soon, then one every half minute."""
 
     def __init__(self, title: str, steps: int) -> None:
-        self._title, self._text, self._pace = title, "", Pace(steps)
-        self._told_at, self._told_step = -SECONDS_BETWEEN_LINES, 0
+        self._title, self._text, self._pace = title, "", Pace(steps, time.monotonic)
+        self._told_at, self._told_step, self._wait = 0.0, 0, 0.0
 
     def on_step(self, step: int) -> None:
         self._pace.at(step)
-        if self._told_step == 0 or time.monotonic() - self._told_at >= SECONDS_BETWEEN_LINES:
+        # the last step is told when all of it is known, at the end
+        if step < self._pace.steps and time.monotonic() - self._told_at >= self._wait:
             self.tell()
 
     def say(self, text: str) -> None:
@@ -116,6 +120,7 @@ class _Lines:
         """Print the line, if it has not been printed for this step."""
         step = self._pace.step
         if step != self._told_step:
+            self._wait = SECONDS_BETWEEN_LINES if self._wait else SECONDS_TO_SECOND_LINE
             self._told_at, self._told_step = time.monotonic(), step
             words = (self._title, f"step {step}/{self._pace.steps}", str(self._pace), self._text)
             console.story("  ".join(filter(None, words)))
@@ -133,7 +138,7 @@ def _bar(title: str, steps: int, terminal: Any) -> Iterator[_Display]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
-    measured, said = Pace(steps), Text("", no_wrap=True, overflow="ellipsis")
+    measured, said = Pace(steps, time.monotonic), Text("", no_wrap=True, overflow="ellipsis")
 
     class PaceColumn(ProgressColumn):
         def render(self, task: Task) -> Text:

@@ -72,7 +72,7 @@ def _body(training: "TrainingView", screen: Any) -> list[Any]:
     for name, curve in training.curves.items():
         values = [value for _, value in curve]
         span = f"{figure(min(values))} .. {figure(max(values))}"
-        table.add_row(name.replace("_", " "), figure(values[-1]), sparkline(values, room, blocks), span)
+        table.add_row(Text(name.replace("_", " ")), figure(values[-1]), sparkline(values, room, blocks), span)
     parts: list[Any] = [table] if training.curves else []
     for name, curve in training.curves.items():
         if name.startswith("fid@"):

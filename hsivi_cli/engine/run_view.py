@@ -122,12 +122,13 @@ def _writer(run: Path) -> int | None:
     """The process that the run's lock names, if it lives; the lock itself is not touched."""
     try:
         process = int((run / LOCK).read_text(encoding="ascii", errors="replace").strip())
-        os.kill(process, 0)
-    except PermissionError:
+        if process > 0:  # others mean whole groups
+            os.kill(process, 0)
+    except PermissionError:  # it lives, and is somebody else's
         return process
     except (OSError, ValueError, OverflowError):
         return None
-    return process
+    return process if process > 0 else None
 
 
 def seconds_since(written: float) -> float:
