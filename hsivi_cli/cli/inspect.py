@@ -9,7 +9,7 @@ from hsivi_cli.cli import console, options
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Teacher, student or run directory, .safetensors or .npz file.")],
+    path: Annotated[Path, typer.Argument(help="Teacher, student or run directory, .safetensors, .pt or .npz file.")],
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a checkpoint or run is: architecture, parameters, schedule, grid, hashes, metrics so far."""

@@ -19,10 +19,12 @@ from hsivi_cli.methods.student import (
     student_sha256,
 )
 from hsivi_cli.networks.noise_prediction import PLAIN
+from hsivi_cli.targets.checkpoints.read import PICKLED, read_tensors
+from hsivi_cli.targets.checkpoints.registry import recognise
 from hsivi_cli.targets.network_files import WEIGHTS
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, load_score_net
 
-KINDS = "a score network, a student, a run, a posterior fit, a .safetensors file or an .npz of statistics"
+KINDS = "a score network, a student, a run, a posterior fit, a .safetensors or .pt file, or an .npz of statistics"
 METADATA = 400  # characters of a metadata field that are still worth showing
 _ARCHITECTURE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
 
@@ -33,6 +35,8 @@ def describe(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist: name {KINDS}")
     if path.suffix == ".safetensors":
         return describe_safetensors(path)
+    if path.suffix in PICKLED:
+        return describe_pickled(path)
     if path.suffix == ".npz":
         return describe_arrays(path)
     if (path / DESCRIPTION).is_file():
@@ -107,6 +111,21 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
     # a checkpoint's metadata is the tree of all that is in it: only its size is of interest here
     metadata = {key: text if len(text) <= METADATA else f"{len(text)} characters" for key, text in metadata.items()}
     return facts | {"parameters": elements, "metadata": metadata, "tensors": tensors}
+
+
+def describe_pickled(path: Path) -> dict[str, Any]:
+    """Facts about a `.pt` file, read with `weights_only=True`: its layout, if it is one we know, and its tensors."""
+    found = read_tensors(path)
+    try:
+        layout: str | None = recognise(found.tensors, path)[0]
+    except InputError:
+        layout = None
+    tensors = {
+        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        for name, t in found.tensors.items()
+    }
+    facts = {"kind": "weights", "path": str(path), "sha256": sha256(path), "layout": layout, "notes": list(found.notes)}
+    return facts | {"parameters": sum(t.numel() for t in found.tensors.values()), "tensors": tensors}
 
 
 def describe_arrays(path: Path) -> dict[str, Any]:

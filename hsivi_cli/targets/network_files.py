@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import check_sums, read_json, write_json
 from hsivi_cli.networks.noise_prediction import PLAIN, PlainNetwork
+from hsivi_cli.targets.checkpoints.read import read_tensors
 
 # classes that a directory may name, and the modules they are in
 NETWORKS = {
@@ -23,7 +24,8 @@ NETWORKS = {
     "EDMUNet": "hsivi_cli.networks.edm_unet",
 }
 MAX_SIDE = 4096
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CONFIG = "config.json"
 
 
@@ -50,8 +52,8 @@ def load_network(directory: Path, network: str | None = None) -> nn.Module:
     if kind not in NETWORKS:
         raise InputError(f"{directory / CONFIG}: {kind} is not supported, only {', '.join(NETWORKS)}")
     check_pixel_space(config, directory / CONFIG)
-    tensors = read_weights(directory / WEIGHTS, directory)
-    return fill(lambda: _build(kind, config, directory / CONFIG), tensors, directory / WEIGHTS)
+    tensors = read_weights(directory)
+    return fill(lambda: _build(kind, config, directory / CONFIG), tensors, weights_file(directory))
 
 
 def save_network(net: nn.Module, directory: Path) -> None:
@@ -81,7 +83,7 @@ def _load_plain(directory: Path, config: dict[str, Any], network: str | None) ->
     net = build_user_network(network, (channels, height, width))
     if net.config["network_sha256"] != config.get("network_sha256"):
         warnings.warn(f"--network {network} is not the file that {directory} was made with", stacklevel=2)
-    tensors = read_weights(directory / WEIGHTS, directory)
+    tensors = read_weights(directory)
     check_keys(net.net.state_dict(), tensors, directory / WEIGHTS)
     net.net.load_state_dict(tensors)
     try_network(net.eval(), network)
@@ -112,29 +114,23 @@ def check_pixel_space(config: dict[str, Any], where: Path) -> None:
         raise InputError(f"{where}: num_class_embeds {classes!r} is no number of classes")
 
 
-def read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
-    """Finite tensors of a safetensors file; raises InputError naming what is wrong with it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        pickled = [file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        if pickled:
-            raise InputError(f"{directory / pickled[0]} is a pickle, which can run code: convert it to {WEIGHTS} first")
-        raise InputError(f"{path} does not exist")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as err:
-        raise InputError(f"{path} is damaged or no safetensors file ({err}): fetch or write it again") from err
-    check_finite(tensors, path)
-    return tensors
+def weights_file(directory: Path) -> Path:
+    """The file with a network's weights: safetensors, or what older versions of diffusers wrote, a `.bin`."""
+    pickled = directory / PICKLED
+    return pickled if pickled.is_file() and not (directory / WEIGHTS).is_file() else directory / WEIGHTS
 
 
-def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise InputError if a weight is NaN or infinite."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: weight {name} holds NaN or infinity: the checkpoint is broken")
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Finite tensors of a network's directory, under today's names; nothing is run. InputError: see `read_tensors`."""
+    return {_modern(name): tensor for name, tensor in read_tensors(weights_file(directory)).tensors.items()}
+
+
+def _modern(name: str) -> str:
+    """What diffusers calls a weight today; the `google/ddpm-*` networks are older than its attention's names."""
+    *modules, layer, kind = name.split(".") if name.count(".") > 1 else ("", name)
+    if layer in OLD_ATTENTION and len(modules) > 1 and modules[-2] == "attentions":
+        return ".".join([*modules, OLD_ATTENTION[layer], kind])
+    return name
 
 
 def fill(build: Any, tensors: dict[str, Tensor], where: Path) -> nn.Module:

@@ -18,7 +18,7 @@ from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.networks.noise_prediction import class_count, predict_eps
-from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network
+from hsivi_cli.targets.network_files import image_shape, load_network, weights_file
 
 NAME_IT = "name a diffusers directory, a hub id, or a file of weights"
 SCHEDULER = "scheduler_config.json"
@@ -96,7 +96,7 @@ def load_score_net(path: Path, device: str = "cpu", options: NetworkOptions | No
 
 def score_net_sha256(unet_directory: Path, schedule: NoiseSchedule) -> str:
     """Hash of everything a score network computes with: weights, architecture and schedule."""
-    digest = hashlib.sha256((unet_directory / WEIGHTS).read_bytes())
+    digest = hashlib.sha256(weights_file(unet_directory).read_bytes())
     architecture = {k: v for k, v in read_json(unet_directory / "config.json").items() if not k.startswith("_")}
     digest.update(json.dumps([architecture, schedule.config], sort_keys=True).encode())
     return digest.hexdigest()
@@ -146,7 +146,7 @@ def _hint(path: Path) -> str:
 
 
 def _fetch(name: str) -> Path:
-    """The local snapshot of a repository on the Hugging Face hub, weights as safetensors only."""
+    """The local snapshot of a repository on the Hugging Face hub, weights as safetensors where it has them."""
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{name} does not exist: {NAME_IT}")
     import os
@@ -156,7 +156,10 @@ def _fetch(name: str) -> Path:
     if not os.environ.get("HF_DEBUG"):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not list(path.rglob("*.safetensors")):  # older than that format
+            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+        return path
     except Exception as err:  # offline, unknown, gated: the library has a class for each
         reason = " ".join(str(err).split())[:120]
         raise InputError(

@@ -57,7 +57,7 @@ def hostile_header(path):
 
 def pickle_only(path):
     (path / WEIGHTS).unlink()
-    (path / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (path / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x04cbuiltins\nprint\n(S'run'\ntR.")
 
 
 def nan_weight(path):
@@ -75,7 +75,7 @@ def other_network(path):
     [
         (truncate, "damaged"),
         (hostile_header, "damaged"),
-        (pickle_only, "pickle"),
+        (pickle_only, "running code"),
         (nan_weight, "NaN"),
         (other_network, "does not fit"),
         (lambda p: (p / WEIGHTS).unlink(), "does not exist"),
@@ -97,3 +97,21 @@ def test_broken_checkpoints_are_named_in_one_line(copied, damage, what):
         load_score_net(copied)
     assert str(copied) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_older_files_of_diffusers_are_read(make_teacher):
+    """`.bin` weights, read without running anything, and the names that attention had in the google/ddpm-* networks."""
+    path = make_teacher(
+        flat=True, down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",), attention_head_dim=4
+    )
+    today = load_score_net(path)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(path / "diffusion_pytorch_model.safetensors")
+    for new, old in names.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    torch.save(tensors, path / "diffusion_pytorch_model.bin")
+    (path / "diffusion_pytorch_model.safetensors").unlink()
+    older = load_score_net(path)
+    x = torch.randn(2, *today.shape)
+    assert torch.equal(older.eps(x, 10), today.eps(x, 10))

@@ -164,5 +164,8 @@ def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
     assert facts["network"] == build
     assert facts["parameters"] == 1000 + 10
     assert main(["sample", str(path), *teacher, "--solver", "ddim", "--nfe", "3", "-n", "2", "--out", "b.npy"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 1000 + 10
     resumed = ["distill", "--score-net", str(path), *teacher, *small, "--out", "run", "--resume"]
     assert main(resumed) == 0
