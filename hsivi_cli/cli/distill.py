@@ -169,7 +169,7 @@ def distill(
         for k, config in configs.items():
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
             events = distillation.training_directory(out, k) if tensorboard and processes.is_main() else None
-            with follow(f"NFE {k}", steps, events) as follower, console.guarded_stdout():
+            with console.guarded_stdout(), follow(f"NFE {k}", steps, events) as follower:
                 distillation.distill(teacher, config, out, _followed(outputs, follower), start, network)
             start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:

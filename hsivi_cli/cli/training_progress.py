@@ -91,7 +91,8 @@ def follow(title: str, steps: int, events: Path | None = None) -> Iterator[Follo
 
     `events` names a directory for TensorBoard's event files; raises InputError if that is not installed.
     """
-    terminal, log = console.story_terminal(), None if events is None else EventLog(events)
+    terminal = console.story_terminal()
+    log = EventLog(events) if events is not None else None
     try:
         with _lines(title, steps) if terminal is None else _bar(title, steps, terminal) as display:
             yield Follower(display, log)

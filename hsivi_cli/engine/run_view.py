@@ -94,7 +94,7 @@ def _view(folder: Path, run: Path, steps: int | None) -> TrainingView:
     names = dict.fromkeys(name for record in records for name in record if name not in _OF_THE_LOG)
     for name in sorted(names, key=_rank):
         points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
-        if points and (name != "skipped" or points[-1][1]):
+        if points and (name not in ("skipped", "rollbacks") or points[-1][1]):
             curves[name] = points
     pace = last.get("seconds_per_step")
     return TrainingView(
