@@ -26,7 +26,9 @@ def draw_all(title: str, sampler: "Sampler", n: int, seed: int, batch_size: int)
     with console.progress(title, n) as advance:
         for batch in draw_images(sampler, n, seed, batch_size, on_batch=advance):
             images[done : done + len(batch)] = batch
-            if done == 0 and len(batch) < n:
+            if done == 0 and sampler.compiles:
+                console.story(f"compiled, and drew the first {len(batch)}, in {time.monotonic() - start:.0f} s")
+            elif done == 0 and len(batch) < n:
                 _announce((time.monotonic() - start) * n / (len(batch) * processes.count()), len(batch))
             done += len(batch)
     return images

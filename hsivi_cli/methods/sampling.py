@@ -41,6 +41,7 @@ class Sampler:
     shape: tuple[int, int, int]
     run: Callable[[PhiloxStreams], Float[Tensor, "n c h w"]]
     description: dict[str, Any]
+    compiles: bool = False  # during the first batch, which says nothing then about the pace
 
 
 def open_sampler(
@@ -121,7 +122,7 @@ def student_sampler(student: Student, precision: Precision = "fp32", kernels: Ke
     } | _labelled(student.classes, student.label)
     name = f"HSIVI student, NFE {student.nfe}"
     run = lambda noise: sample_student(student, noise, precision, kernels)  # noqa: E731
-    return Sampler(name, student.nfe, student.shape, run, description)
+    return Sampler(name, student.nfe, student.shape, run, description, isinstance(student.unet, CompiledNetwork))
 
 
 def solver_sampler(
@@ -175,7 +176,8 @@ def solver_sampler(
             return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])
-    return Sampler(f"{solver} ({', '.join(recipe)}), NFE {nfe}", nfe, score_net.shape, run, description)
+    name = f"{solver} ({', '.join(recipe)}), NFE {nfe}"
+    return Sampler(name, nfe, score_net.shape, run, description, isinstance(score_net.unet, CompiledNetwork))
 
 
 def _labelled(classes: int, label: int | None) -> dict[str, Any]:

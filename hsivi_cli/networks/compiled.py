@@ -1,5 +1,6 @@
 """A network compiled by torch for the batch size it first sees; what it computes is the same up to rounding."""
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ class CompiledNetwork(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
         self.net = net
         self.compiled = torch.compile(net, dynamic=False)
         self.size: int | None = None
