@@ -40,6 +40,8 @@ def _look(view: "RunView", screen: Any, live: bool) -> tuple[Any, bool]:
     # a screen has room for one training: the one that wrote last
     latest = max(view.trainings, key=lambda training: training.written or 0.0, default=None)
     parts: list[Any] = [Text(f"{view.path}: {_status(view)}", style="bold")]
+    if not view.trainings:
+        parts.append(Text("nothing logged yet"))
     for training in view.trainings:
         parts += [Text(""), Text(_headline(view, training), style="bold")]
         if not live or training is latest:

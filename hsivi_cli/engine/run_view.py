@@ -61,7 +61,8 @@ def view_run(path: Path) -> RunView:
     """Read a run of `distill`, `train` or `fit-posterior --save`; raises InputError if `path` is none."""
     if not path.is_dir():
         raise InputError(f"{path} does not exist: name a run directory")
-    logs = [log.parent for log in path.rglob(METRICS) if not any(p[0] == "." for p in log.relative_to(path).parts)]
+    places = [path / METRICS, *path.glob(f"training/[!.]*/{METRICS}"), *path.glob(f"compare/[!.]*/{METRICS}")]
+    logs = [log.parent for log in places if log.is_file()]
     if not (path / CONFIG).is_file() and not logs:
         raise InputError(f"{path} is no run of hsivi distill, train or fit-posterior --save: it has no {CONFIG}")
     config: dict[str, Any] = {}

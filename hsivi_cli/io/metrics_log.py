@@ -17,10 +17,12 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a last line cut short by a crash is left out."""
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")  # a damaged line is no JSON, and ends it
+    except FileNotFoundError:
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

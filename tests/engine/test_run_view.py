@@ -62,6 +62,8 @@ def test_cut_lines_and_values_that_are_no_numbers_are_left_out(tmp_path):
     run = a_run(tmp_path / "run", own=records(10, 20))
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "loss": NaN, "text": "x", "flag": true}\n[1]\n{"step": "x"}\n{"step": 40, "lo')
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00")
     (training,) = view_run(run).trainings
     assert training.step == 30
     assert [step for step, _ in training.curves["loss"]] == [10, 20]
@@ -79,6 +81,11 @@ def test_a_run_that_has_not_begun(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="is no run"):
         view_run(tmp_path / "empty")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    a_run(runs / "run", own=records(10))
+    with pytest.raises(InputError, match="is no run"):
+        view_run(runs)  # it holds one
     assert view_run(tmp_path / "run").trainings == ()  # its configuration is being written
 
 
