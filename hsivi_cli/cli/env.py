@@ -9,7 +9,17 @@ import hsivi_cli
 from hsivi_cli.cli import console, options
 from hsivi_cli.errors import InputError
 
-PACKAGES = ("torch", "torchvision", "diffusers", "safetensors", "torch-fidelity", "typer", "numpy", "triton")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "accelerate",
+    "safetensors",
+    "torch-fidelity",
+    "typer",
+    "numpy",
+    "triton",
+)
 
 
 def env(as_json: options.AsJson = False) -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hsivi_cli.cli import console
+
 if TYPE_CHECKING:
     from hsivi_cli.targets.score_net import NetworkOptions
 
@@ -119,6 +121,8 @@ def resolve_device(device: str, threads: int = 0) -> str:
 
     if threads:
         torch.set_num_threads(threads)
+    if processes.launched_alone():
+        console.warn("accelerate starts one process only on a CPU: for several use torchrun --nproc-per-node N -m ...")
     if device == "auto":
         return processes.start(device)
     try:

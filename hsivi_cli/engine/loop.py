@@ -22,7 +22,7 @@ from hsivi_cli.engine.checkpoint import first_not_finite, keep_checkpoint, load_
 from hsivi_cli.engine.contract import Method
 from hsivi_cli.engine.progress import IN_A_ROW, Progress
 from hsivi_cli.engine.seeds import Stream, generator
-from hsivi_cli.errors import InterruptError, RunError, TerminatedError
+from hsivi_cli.errors import InputError, InterruptError, RunError, TerminatedError
 from hsivi_cli.io.metrics_log import append_metrics, rewind_metrics
 from hsivi_cli.io.run_directory import METRICS, checkpoints
 
@@ -82,7 +82,7 @@ def run_loop(
     def save() -> None:
         _save(method, state, so_far, directory, config)
 
-    if config.rollbacks and not checkpoints(directory):
+    if config.rollbacks and processes.from_main(lambda: not checkpoints(directory)):
         save()  # what a burst before the first checkpoint goes back to
     with _stop_requests() as stop_requested:
         while state.step < config.steps:
@@ -198,6 +198,9 @@ def _restore(method: Method, state: Any, tree: dict[str, Any]) -> Progress:
     method.load_state_dict(state, tree)
     if hasattr(state, "lr_scale"):
         state.lr_scale = progress.lr_scale
+    # beside the check: nobody writes there again before all have read
+    if processes.agree_on_largest(state.step) != state.step:
+        raise InputError("this process finds an older checkpoint: keep the run where all machines see the same files")
     return progress
 
 

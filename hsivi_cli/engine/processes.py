@@ -64,9 +64,8 @@ def start(device: str) -> str:
     """
     import torch
 
-    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")  # accelerate launch --cpu
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() and not forced else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu"
     if count() == 1:
         return device
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -86,6 +85,11 @@ def start(device: str) -> str:
         with _exchange():
             _device = PartialState(cpu=kind == "cpu", timeout=TIMEOUT).device
     return kind if kind == "cpu" else str(_device)
+
+
+def launched_alone() -> bool:
+    """Whether Accelerate was asked for several processes and started one, as it does on a CPU without mpirun."""
+    return count() == 1 and _on_cpu() and "MASTER_ADDR" in os.environ
 
 
 def end() -> None:
@@ -237,6 +241,10 @@ def _exchange() -> Iterator[None]:
         raise RunError(
             f"another of the {count()} processes has ended or does not answer ({str(err).splitlines()[0][:120]})"
         ) from err
+
+
+def _on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")  # accelerate launch --cpu
 
 
 def _from_environment(*names: str, default: int) -> int:

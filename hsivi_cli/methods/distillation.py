@@ -97,7 +97,7 @@ def distill(
     processes.from_main(lambda: work.mkdir(parents=True, exist_ok=True))
     state = hsivi_sm.init(teacher, config, load_student(start, config.device, network) if start else None)
     progress = None
-    if checkpoints(work):
+    if processes.from_main(lambda: bool(checkpoints(work))):
         progress = resume(hsivi_sm, state, work, outputs.tell)
     else:
         processes.from_main(lambda: rewind_metrics(work / METRICS, 0))

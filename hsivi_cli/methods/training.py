@@ -95,7 +95,7 @@ def train(
     started = time.monotonic()
     state = ddpm.init(None, config)
     progress = None
-    if had_run and checkpoints(directory):
+    if had_run and processes.from_main(lambda: bool(checkpoints(directory))):
         progress = resume(ddpm, state, directory, tell)
     else:
         processes.from_main(lambda: rewind_metrics(directory / METRICS, 0))
