@@ -65,7 +65,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except PermissionError as err:
         raise InputError(f"cannot write {path}: permission denied") from err
     except SafetensorError as err:  # how safetensors reports a full disk
-        raise RunError(f"{path} was not written ({err}): make room and try again") from err
+        raise RunError(_not_written(path, err)) from err
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except PermissionError as err:
         raise InputError(f"cannot write {path}: permission denied") from err
     except SafetensorError as err:  # how safetensors reports a full disk
-        raise RunError(f"{path} was not written ({err}): make room and try again") from err
+        raise RunError(_not_written(path, err)) from err
     finally:
         if not path.exists() and retired.exists():
             os.replace(retired, path)
@@ -193,6 +193,12 @@ def _swap(one: Path, other: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     done: bool = rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
     return done
+
+
+def _not_written(path: Path, err: SafetensorError) -> str:
+    if any(f"os error {number}" in str(err) for number in DISK_FULL):
+        return f"the disk is full, {path} was not written: make room and try again"
+    return f"{path} was not written ({err}): make room and try again"
 
 
 def _temporary_name(path: Path) -> Path:

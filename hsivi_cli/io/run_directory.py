@@ -108,11 +108,13 @@ def lock_run(directory: Path) -> Iterator[None]:
     """Be the only process that writes the run in `directory`, which is made if it is missing.
 
     The lock belongs to the process and vanishes with it, however it ends; a lock file without its process is nothing.
-    Raises InputError, naming the process that has it, or if the directory cannot be written.
+    Raises InputError, naming the process that has it, or if the directory cannot be written; RunError for a full disk.
     """
     try:
         handle = _acquire(directory)
     except OSError as err:
+        if err.errno in DISK_FULL:
+            raise RunError(f"the disk is full, nothing can be written to {directory}: make room and try again") from err
         raise InputError(f"cannot write to {directory} ({err.strerror}): choose another --out") from err
     try:
         yield

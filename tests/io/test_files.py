@@ -2,12 +2,15 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from safetensors import SafetensorError
 
 from hsivi_cli.errors import InputError, RunError
-from hsivi_cli.io.files import atomic_directory, atomic_file, read_json
+from hsivi_cli.io import files
+from hsivi_cli.io.files import atomic_directory, atomic_file, check_sums, read_json, write_sums
 
 
 class Boom(Exception):
@@ -89,3 +92,59 @@ def test_a_reader_of_the_old_file_keeps_it(tmp_path):
             temporary.write_text("new")
         assert reader.read() == "old"  # the name moved to another file; nothing was overwritten in place
     assert path.read_text() == "new"
+
+
+def test_a_directory_that_is_replaced_always_has_its_name(tmp_path):
+    """A reader in another process opens it all the while, and finds the old one whole or the new one whole."""
+    path = tmp_path / "d"
+    script = (
+        "import sys, pathlib, time; path = pathlib.Path(sys.argv[1]); print('ready', flush=True); n = 0\n"
+        "while not (path.parent / 'stop').exists(): n += 1; path.stat(); (path / 'f').stat()\n"
+        "print(n)"
+    )
+
+    def write(text):
+        with atomic_directory(path, overwrite=True) as temporary:
+            (temporary / "f").write_text(text)
+
+    write("0")
+    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout.readline() == "ready\n"
+        for i in range(200):
+            write(str(i))
+        (tmp_path / "stop").touch()
+        looks = int(reader.stdout.readline() or 0)
+    assert reader.returncode == 0  # it never looked in vain
+    assert looks > 100
+    assert (path / "f").read_text() == "199"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["d", "stop"]
+
+
+def test_where_names_cannot_be_swapped_two_renames_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_swap", lambda one, other: False)
+    for text in ("old", "new"):
+        with atomic_directory(tmp_path / "d", overwrite=True) as temporary:
+            (temporary / "f").write_text(text)
+    assert (tmp_path / "d" / "f").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["d"]
+
+
+def test_sums_name_what_changed_and_nothing_else(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "deep/b", "free"):
+        (tmp_path / name).write_text(name)
+    check_sums(tmp_path)  # nothing to check yet
+    write_sums(tmp_path, leave_out=("free",))
+    (tmp_path / "free").write_text("changed")
+    (tmp_path / "more").write_text("new")
+    check_sums(tmp_path)
+    (tmp_path / "deep" / "b").write_text("c")
+    with pytest.raises(InputError, match=r"deep/b is damaged"):
+        check_sums(tmp_path)
+    (tmp_path / "deep" / "b").unlink()
+    with pytest.raises(InputError, match=r"deep/b is missing"):
+        check_sums(tmp_path)
+    for line in (b"junk", b"\xff" * 70, b"0" * 64 + b"  ../../etc/passwd", b"0" * 64 + b"  /dev/zero"):
+        (tmp_path / "SHA256SUMS").write_bytes(line + b"\n")
+        with pytest.raises(InputError, match="SHA256SUMS"):
+            check_sums(tmp_path)

@@ -172,3 +172,38 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="holds no run of ours"):
         finish(tmp_path / "full", resume=True)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_every_setting_that_differs_is_told_in_one_line(tmp_path):
+    plan = PLAN | {"batch": 8, "grids": {"5": [0, 5], "10": [0, 9]}, "data": {"n": 3}, "name": "x" * 200}
+    finish(tmp_path / "run", plan)
+    changed = plan | {"lr": 0.2, "batch": 9, "grids": {"5": [0, 6], "10": [0, 9]}, "name": "y" * 200, "more": True}
+    with pytest.raises(InputError) as raised:
+        finish(tmp_path / "run", changed, resume=True)
+    assert str(raised.value) == (
+        "--resume: batch was 8, now 9; grids.5 was [0, 5], now [0, 6]; lr was 0.1, now 0.2; more was None, now True; "
+        f"name was '{'x' * 19}..{'x' * 19}', now '{'y' * 19}..{'y' * 19}': repeat the first command's options"
+    )
+
+
+def test_data_that_differ_are_not_told_by_their_hash(tmp_path):
+    plan = PLAN | {"source": {"data": "0" * 64, "formula": "y ~ x"}}
+    finish(tmp_path / "run", plan)
+    changed = PLAN | {"source": {"data": "1" * 64, "formula": "y ~ z"}}
+    line = r"--resume: the data are not those that .*run was begun with; formula was 'y ~ x', now 'y ~ z': repeat"
+    with pytest.raises(InputError, match=line):
+        finish(tmp_path / "run", changed, resume=True)
+
+
+def test_a_disk_that_fails_is_one_line_too(tmp_path):
+    for number, text in ((errno.EIO, "Input/output error"), (errno.EFBIG, "File too large")):
+        with pytest.raises(RunError, match=f"run cannot be written or read: {text}; .*--resume goes on"):
+            fail(tmp_path / str(number) / "run", OSError(number, text), [CHECKPOINT])
+    with pytest.raises(BrokenPipeError):  # not of the run: the reader of our stdout went away
+        fail(tmp_path / "pipe", BrokenPipeError(errno.EPIPE, "Broken pipe"), [CHECKPOINT])
+
+
+def test_the_checkpoint_of_step_0_is_nothing_to_go_on_from(tmp_path):
+    with pytest.raises(KeyError):
+        fail(tmp_path / "run", KeyError(), ["training/nfe5/checkpoint-000000.safetensors"])
+    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
+from hsivi_cli.engine.checkpoint import load_checkpoint, pack, save_checkpoint
 from hsivi_cli.engine.optimisation import share_of
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws, Stream, generator
 from hsivi_cli.methods import hsivi_sm
@@ -159,3 +159,40 @@ def test_warm_start_takes_the_other_students_weights(tiny_teacher):
     warm = hsivi_sm.init(state.teacher, config, donor)
     assert not moved(weights(donor.unet), warm.student)
     assert moved(weights(donor.unet), warm.critic)
+
+
+def everything(state):
+    return pack(hsivi_sm.state_dict(state) | {"step": 0})[0]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("who", ["critic_loss", "student"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny_teacher, monkeypatch, objective, who):
+    names = ["critic_loss"] if who == "critic_loss" else ["fisher_loss", "reverse_kl_surrogate"]
+    straight, state = (make_state(tiny_teacher, objective=objective) for _ in range(2))
+    advance(straight, 2)
+    advance(state, 2)
+    for name in names:
+        whole = getattr(hsivi_sm, name)
+        monkeypatch.setattr(hsivi_sm, name, lambda *parts, whole=whole: whole(*parts) * float("nan"))
+    before = everything(state)
+    metrics = hsivi_sm.step(state, None, generator(0, Stream.TRAIN, 3))
+    assert metrics["skipped"] == (2 if who == "critic_loss" else 1)  # of two critic steps and one of the student
+    after = everything(state)
+    ours = "/critic" if who == "critic_loss" else ("/student", "/ema", "/log_gamma")
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(ours))
+    others = ("/student", "/ema") if who == "critic_loss" else "/critic"
+    assert not all(torch.equal(before[name], after[name]) for name in before if name.startswith(others))
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    monkeypatch.undo()
+    assert hsivi_sm.step(state, None, generator(0, Stream.TRAIN, 4))["skipped"] == 0
+
+
+def test_the_loop_lowers_both_rates(tiny_teacher):
+    whole, half = (make_state(tiny_teacher, warmup=0, lr_schedule="constant") for _ in range(2))
+    half.lr_scale = 0.5
+    advance(whole, 1)
+    advance(half, 1)
+    for optimiser in ("student_optimiser", "critic_optimiser"):
+        rates = [getattr(state, optimiser).param_groups[0]["lr"] for state in (whole, half)]
+        assert rates[1] == 0.5 * rates[0]
