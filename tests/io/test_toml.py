@@ -4,7 +4,7 @@ import math
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hsivi_cli.errors import InputError
@@ -14,6 +14,7 @@ SCALARS = st.text() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=Fal
 
 
 @given(SCALARS | st.lists(SCALARS))
+@example("\x7f\\\"\u2028\U0001f600\x00")
 def test_values_survive_the_round_trip(value):
     read = tomllib.loads(f"key = {toml_value(value)}  # and a comment")["key"]
     assert read == value
