@@ -1,18 +1,24 @@
 """Random numbers that depend on names, never on the batch: a step's generator and a sample's noise stream.
 
-Training draws what is small (choices of rows and times) from a generator seeded by `(seed, stream, step)`, so a resumed
-run needs no saved generator state. Images, and the noise of training, have a Philox stream a sample or row, so that
-they do not change with the batch size or the number of processes. There are two of those: images draw by
-`PhiloxStreams` on whatever device they are, as kernels can; posteriors draw by numpy's `NoiseStreams` on the CPU.
+Training draws from a generator seeded by `(seed, stream, step)`, so a resumed run needs no saved generator state.
+Images have a Philox stream a sample, the noise of a distillation one a row (`StepDraws`), so that neither changes
+with the batch size or the number of processes. Images draw by `PhiloxStreams` on whatever device they are, as kernels
+can; posteriors draw by numpy's `NoiseStreams` on the CPU.
 """
 
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hsivi_cli.kernels.philox import Draw
+
+ROWS = 2**32  # what a training step's rows are counted below; steps are the word above
 
 
 class Stream(IntEnum):
@@ -90,3 +96,29 @@ class PhiloxStreams:
         if device is not None:
             self.streams = self.streams.to(device)
         return normals(self.streams, self.take(), shape)
+
+
+class StepDraws:
+    """What is random in one training step, the same for any number of processes.
+
+    `generator` is for what every process draws alike: choices of rows, layers and times of the whole batch. The noise
+    of row j of the global batch (or of chain j of the rollout) is the Philox stream `(seed, step * 2^32 + j)`: no two
+    steps share a stream, and none is an image's of the same seed, whose index is below 2^32. Every process takes the
+    same draws in the same order, each for its own `rows`.
+    """
+
+    def __init__(self, seed: int, step: int, generator: torch.Generator, device: torch.device | str = "cpu") -> None:
+        self.seed, self.step, self.generator, self.device = seed, step, generator, device
+        self._streams: dict[range, Tensor] = {}
+        self._taken = 0
+
+    def take(self, rows: range) -> "Draw":
+        """The step's next draw, for these rows."""
+        from hsivi_cli.kernels.philox import Draw, make_streams
+
+        if rows not in self._streams:
+            first = self.step * ROWS
+            indices = range(first + rows.start, first + rows.stop, rows.step)
+            self._streams[rows] = make_streams(self.seed, indices, self.device)
+        self._taken += 1
+        return Draw(self._streams[rows], self._taken - 1)

@@ -11,6 +11,7 @@ pi; normals therefore differ between devices only by the rounding of log, sqrt, 
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,6 +32,18 @@ def make_streams(seed: int, indices: Iterable[int], device: torch.device | str =
     """The streams of the samples `indices` of `seed`: a row (seed, index) each. Both below 2^63."""
     rows = [[seed, index] for index in indices]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).to(device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A draw of several streams that is named but not made, so that a kernel can make it where it needs it."""
+
+    streams: Int64[Tensor, "n 2"]
+    number: int
+
+    def normals(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n *shape"]:
+        """The draw itself."""
+        return normals(self.streams, self.number, shape, dtype)
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:

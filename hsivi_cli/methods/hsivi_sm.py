@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
-from hsivi_cli.engine.seeds import PhiloxStreams
+from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.methods.student import Student, chain_states, sample_student
@@ -75,6 +75,11 @@ class DistillConfig:
     def chains(self) -> int:
         """Chains of one rollout; each gives K layer inputs."""
         return self.rollout or max(2 * self.batch // (len(self.grid) - 1), 8)
+
+    @property
+    def rollout_chains(self) -> int:
+        """Chains that a rollout really draws: without the cache, each gives one layer input."""
+        return self.chains if self.rollout_cache else self.batch
 
 
 @dataclass
@@ -157,56 +162,68 @@ def step(state: DistillState, batch: Tensor | None, generator: torch.Generator) 
     """One rollout, `critic_steps` critic updates, one student update; the method needs no data, so `batch` is None."""
     config = state.config
     state.step += 1
-    rollout = roll_out(state, generator)
+    draws = StepDraws(config.seed, state.step, generator, config.device)
+    chains, rows = range(config.rollout_chains), range(config.batch)
+    rollout = roll_out(state, draws, chains)
     for update in range(config.critic_steps):
         if update and not config.rollout_cache:
-            rollout = roll_out(state, generator)
-        critic_metrics = critic_step(state, rollout, generator)
-    return critic_metrics | student_step(state, rollout, generator)
+            rollout = roll_out(state, draws, chains)
+        critic_metrics = critic_step(state, rollout, draws, rows)
+    return critic_metrics | student_step(state, rollout, draws, rows)
 
 
 @torch.no_grad()
-def roll_out(state: DistillState, generator: torch.Generator) -> Rollout:
-    """Layer inputs of the current student, from `x_K ~ N(0, I)`; without the cache, one input a chain."""
-    config, shape = state.config, state.teacher.shape
-    chains = config.chains if config.rollout_cache else config.batch
+def roll_out(state: DistillState, draws: StepDraws, chains: range) -> Rollout:
+    """Layer inputs of the current student, from `x_K ~ N(0, I)`; without the cache, one input a chain.
 
+    `chains` are the ones to compute here, of the `config.rollout_chains` of all processes; the layers' inputs lie
+    layer by layer, K first.
+    """
+    config, shape = state.config, state.teacher.shape
     labels = None
     if state.teacher.classes:
-        labels = torch.randint(0, state.teacher.classes, (chains,), generator=generator).to(config.device)
-
-    def draw() -> Tensor:
-        return torch.randn((chains, *shape), generator=generator).to(config.device)
-
-    x, eps, k = chain_states(lambda x, t: _eps(state, state.student, x, t, labels), state.log_gamma, state.layers, draw)
+        labels = torch.randint(0, state.teacher.classes, (config.rollout_chains,), generator=draws.generator)
+        labels = labels[list(chains)].to(config.device)
+    x, eps, k = chain_states(
+        lambda x, t: _eps(state, state.student, x, t, labels),
+        state.log_gamma,
+        state.layers,
+        lambda: draws.take(chains).normals(shape),
+    )
     labels = None if labels is None else labels.repeat(state.layers.nfe)
     if not config.rollout_cache:
-        layer = torch.randint(0, state.layers.nfe, (chains,), generator=generator)
-        rows = layer * chains + torch.arange(chains)
+        layer = torch.randint(0, state.layers.nfe, (config.rollout_chains,), generator=draws.generator)
+        rows = layer[list(chains)] * len(chains) + torch.arange(len(chains))
         x, eps, k = x[rows.to(x.device)], eps[rows.to(x.device)], k[rows]
         labels = None if labels is None else labels[rows.to(x.device)]
     return Rollout(x, eps, k, labels)
 
 
-def critic_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
-    """Regress the critic on the noise of the student's diffused outputs; nothing reaches the student."""
+def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: range) -> dict[str, float]:
+    """Regress the critic on the noise of the student's diffused outputs; nothing reaches the student.
+
+    `rows` are the ones to compute here, of the `config.batch` of all processes; `rollout` is the whole rollout.
+    """
     config = state.config
-    rows, k, zeta, t = _draw_comparison(state, rollout, generator)
+    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
     with torch.no_grad():
-        mean = layer_mean(rollout.x[rows], rollout.eps[rows], k, state.layers)
+        mean = layer_mean(rollout.x[inputs], rollout.eps[inputs], k, state.layers)
         at = _compare(state, mean, k, t, zeta)
-    labels = None if rollout.labels is None else rollout.labels[rows]
+    labels = None if rollout.labels is None else rollout.labels[inputs]
     loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at.target, at.noise_scale)
     rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
     norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
     return {"critic_loss": loss.item(), "critic_grad_norm": norm}
 
 
-def student_step(state: DistillState, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
-    """Move the student along the objective's gradient; critic and teacher are left as they are."""
+def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: range) -> dict[str, float]:
+    """Move the student along the objective's gradient; critic and teacher are left as they are.
+
+    `rows` and `rollout` as in `critic_step`.
+    """
     config = state.config
-    rows, k, zeta, t = _draw_comparison(state, rollout, generator)
-    x, labels = rollout.x[rows], None if rollout.labels is None else rollout.labels[rows]
+    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
+    x, labels = rollout.x[inputs], None if rollout.labels is None else rollout.labels[inputs]
     eps = _eps(state, state.student, x, state.layers.times[k], labels)
     at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
     state.critic.requires_grad_(False)
@@ -235,18 +252,19 @@ def student_step(state: DistillState, rollout: Rollout, generator: torch.Generat
 
 
 def _draw_comparison(
-    state: DistillState, rollout: Rollout, generator: torch.Generator
+    state: DistillState, rollout: Rollout, draws: StepDraws, rows: range
 ) -> tuple[Tensor, Int[Tensor, " n"], Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
-    """Rows of the rollout, their layers, the noise `zeta` and the comparison times."""
+    """Inputs out of the rollout for these rows of the batch, their layers, the noise `zeta` and comparison times."""
     config, device = state.config, state.config.device
-    rows = torch.randint(0, len(rollout.k), (config.batch,), generator=generator)
-    zeta = torch.randn((config.batch, *state.teacher.shape), generator=generator).to(device)
-    u = torch.rand(config.batch, generator=generator)
-    k = rollout.k[rows]
+    mine = list(rows)
+    inputs = torch.randint(0, len(rollout.k), (config.batch,), generator=draws.generator)[mine]
+    u = torch.rand(config.batch, generator=draws.generator)[mine]
+    zeta = draws.take(rows).normals(state.teacher.shape)
+    k = rollout.k[inputs]
     t = state.layers.times[k - 1]
     if config.objective != "sm":
         t = diffusion_times(k, u, state.layers, T_MAX_SHARE * state.teacher.schedule.num_train_timesteps)
-    return rows.to(device), k, zeta, t
+    return inputs.to(device), k, zeta, t
 
 
 def _compare(state: DistillState, mean: Tensor, k: Tensor, t: Tensor, zeta: Tensor) -> Comparison:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hsivi_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
+from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws, Stream, generator
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
 from hsivi_cli.targets.score_net import load_score_net
@@ -15,6 +15,10 @@ OBJECTIVES = ("sm", "diffused-fisher", "diffused-kl")
 def make_state(tiny_teacher, **settings):
     config = DistillConfig(**({"grid": (0, 50, 200, 800), "steps": 8, "batch": 6, "critic_steps": 2} | settings))
     return hsivi_sm.init(load_score_net(tiny_teacher), config)
+
+
+def step_draws(step):
+    return StepDraws(0, step, generator(0, Stream.TRAIN, step))
 
 
 def weights(module):
@@ -34,10 +38,10 @@ def advance(state, steps):
 def test_critic_step_moves_the_critic_alone(tiny_teacher, objective):
     state = make_state(tiny_teacher, objective=objective)
     state.step = 1
-    draws = generator(0, Stream.TRAIN, 1)
-    rollout = hsivi_sm.roll_out(state, draws)
+    draws = step_draws(1)
+    rollout = hsivi_sm.roll_out(state, draws, range(8))
     student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
-    hsivi_sm.critic_step(state, rollout, draws)
+    hsivi_sm.critic_step(state, rollout, draws, range(6))
     assert moved(critic, state.critic)
     assert not moved(student, state.student)
     assert not moved(teacher, state.teacher.unet)
@@ -50,13 +54,13 @@ def test_critic_step_moves_the_critic_alone(tiny_teacher, objective):
 def test_student_step_moves_the_student_and_log_gamma_alone(tiny_teacher, objective):
     state = make_state(tiny_teacher, objective=objective)
     advance(state, 2)  # the critic must differ from the teacher, or the gap and every gradient is zero
-    draws = generator(0, Stream.TRAIN, 3)
-    rollout = hsivi_sm.roll_out(state, draws)
+    draws = step_draws(3)
+    rollout = hsivi_sm.roll_out(state, draws, range(8))
     for p in state.critic.parameters():
         p.grad = None
     student, critic, teacher = weights(state.student), weights(state.critic), weights(state.teacher.unet)
     log_gamma = state.log_gamma.detach().clone()
-    hsivi_sm.student_step(state, rollout, draws)
+    hsivi_sm.student_step(state, rollout, draws, range(6))
     assert moved(student, state.student)
     assert not torch.equal(log_gamma, state.log_gamma)
     assert not moved(critic, state.critic)
@@ -99,14 +103,31 @@ def test_rollout_cache_spares_the_student_in_critic_steps(tiny_teacher):
 
 def test_cached_and_fresh_rollouts_give_the_same_layer_inputs(tiny_teacher):
     state = make_state(tiny_teacher, batch=6, rollout=6)
-    cached = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
+    cached = hsivi_sm.roll_out(state, step_draws(1), range(6))
     fresh_state = make_state(tiny_teacher, batch=6, rollout_cache=False)
-    fresh = hsivi_sm.roll_out(fresh_state, generator(0, Stream.TRAIN, 1))
+    fresh = hsivi_sm.roll_out(fresh_state, step_draws(1), range(6))
     for i, k in enumerate(fresh.k.tolist()):
         row = (3 - k) * 6 + i
         assert int(cached.k[row]) == k
         torch.testing.assert_close(cached.x[row], fresh.x[i])
         torch.testing.assert_close(cached.eps[row], fresh.eps[i])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_rows_draw_the_same_whoever_computes_them(tiny_teacher, cache):
+    state = make_state(tiny_teacher, rollout=6, rollout_cache=cache)
+    whole, shards = step_draws(4), [(step_draws(4), rows) for rows in (range(4), range(4, 6))]
+    for _ in range(2):
+        rollout = hsivi_sm.roll_out(state, whole, range(6))
+        parts = [hsivi_sm.roll_out(state, draws, rows) for draws, rows in shards]
+        for name in ("x", "eps", "k"):
+            # layer by layer: one chain's inputs lie a rollout's width apart
+            per_chain = [getattr(part, name).unflatten(0, (-1, n)) for part, n in zip(parts, (4, 2), strict=True)]
+            torch.testing.assert_close(torch.cat(per_chain, 1).flatten(0, 1), getattr(rollout, name))
+        drawn = hsivi_sm._draw_comparison(state, rollout, whole, range(6))
+        split = [hsivi_sm._draw_comparison(state, rollout, draws, rows) for draws, rows in shards]
+        for mine, theirs in zip(drawn, zip(*split, strict=True), strict=True):
+            assert torch.equal(torch.cat(theirs), mine)
 
 
 def test_student_at_start_is_ddim_with_eta(tiny_teacher):
@@ -124,8 +145,8 @@ def test_student_at_start_is_ddim_with_eta(tiny_teacher):
 
 def test_sm_compares_at_the_layers_own_time(tiny_teacher):
     state = make_state(tiny_teacher, objective="sm", batch=64)
-    rollout = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
-    _, k, _, t = hsivi_sm._draw_comparison(state, rollout, generator(0, Stream.TRAIN, 2))
+    rollout = hsivi_sm.roll_out(state, step_draws(1), range(8))
+    _, k, _, t = hsivi_sm._draw_comparison(state, rollout, step_draws(2), range(64))
     assert torch.equal(t, state.layers.times[k - 1])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
-from hsivi_cli.engine.seeds import Stream, generator
+from hsivi_cli.engine.seeds import StepDraws, Stream, generator
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.hsivi_sm import DistillConfig
 from hsivi_cli.methods.student import chain_states
@@ -59,6 +59,10 @@ def marginal_variances(state, slopes):
     return torch.stack(found)
 
 
+def step_draws(step):
+    return StepDraws(0, step, generator(0, Stream.TRAIN, step))
+
+
 def log_ratio(state):
     """How far the log variances of all layers are from their bridges."""
     times = state.layers.times.flip(0)[1:]
@@ -86,7 +90,7 @@ def test_rollout_pairs_are_the_students_own():
     state = make_state()
     with torch.no_grad():
         state.student.slope.mul_(torch.linspace(0.8, 1.2, 1000))
-    rollout = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
+    rollout = hsivi_sm.roll_out(state, step_draws(1), range(state.config.chains))
     times = state.layers.times[rollout.k]
     torch.testing.assert_close(rollout.eps, state.student(rollout.x, times).sample)
     top = rollout.x[rollout.k == state.layers.nfe]
@@ -103,8 +107,8 @@ def test_student_step_follows_the_gradient_of_the_written_formula(objective):
         state.student.slope *= 0.9
         state.critic.slope *= 0.7
         state.log_gamma += 0.1
-    rollout = hsivi_sm.roll_out(state, generator(0, Stream.TRAIN, 1))
-    rows, k, zeta, t = hsivi_sm._draw_comparison(state, rollout, generator(0, Stream.TRAIN, 2))
+    rollout = hsivi_sm.roll_out(state, step_draws(1), range(state.config.chains))
+    rows, k, zeta, t = hsivi_sm._draw_comparison(state, rollout, step_draws(2), range(64))
     earliest = state.layers.times[k - 1]
     assert torch.equal(t, earliest) if objective == "sm" else (t > earliest).float().mean() > 0.9
     assert int(t.max()) <= 900
@@ -131,7 +135,7 @@ def test_student_step_follows_the_gradient_of_the_written_formula(objective):
     else:
         loss = (s**2 * (2 * gap * (target - teacher) - gap**2)).sum() / len(y)
     expected = torch.autograd.grad(loss, [slope, log_gamma])
-    hsivi_sm.student_step(state, rollout, generator(0, Stream.TRAIN, 2))
+    hsivi_sm.student_step(state, rollout, step_draws(2), range(64))
     torch.testing.assert_close(state.student.slope.grad, expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state.log_gamma.grad, expected[1], rtol=1e-4, atol=1e-4)
 
