@@ -11,7 +11,7 @@ from torch import Tensor
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
 from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName, apply_step, autocast, update_ema
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
-from hsivi_cli.transitions.gaussian_layer import per_sample
+from hsivi_cli.kernels.samples import per_sample
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -27,18 +27,18 @@ from hsivi_cli.engine.optimisation import LearningRate, Precision, ScheduleName,
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.comparison import compare
+from hsivi_cli.kernels.philox import Draw
+from hsivi_cli.kernels.student_loss import Loss
 from hsivi_cli.methods.student import Student, chain_states, sample_student
 from hsivi_cli.networks.noise_prediction import predict_eps
-from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
+from hsivi_cli.objectives.matching import Comparison, critic_loss, student_losses
 from hsivi_cli.targets.score_net import ScoreNet
 from hsivi_cli.transitions.gaussian_layer import (
-    Comparison,
     LayerCoefficients,
-    compare_at,
+    comparison_rows,
     diffusion_times,
     layer_coefficients,
-    layer_mean,
-    layer_std,
 )
 
 Objective = Literal["sm", "diffused-fisher", "diffused-kl"]
@@ -207,10 +207,9 @@ def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: r
     config = state.config
     inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
     with torch.no_grad():
-        mean = layer_mean(rollout.x[inputs], rollout.eps[inputs], k, state.layers)
-        at = _compare(state, mean, k, t, zeta)
+        at = _compare(state, rollout.x[inputs], rollout.eps[inputs], k, t, zeta)
     labels = None if rollout.labels is None else rollout.labels[inputs]
-    loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at.target, at.noise_scale)
+    loss = critic_loss(_eps(state, state.critic, at.y, at.t, labels), at, config.kernels)
     rate = LearningRate(config.lr_critic, config.warmup, config.lr_schedule).at(state.step, config.steps)
     norm = apply_step(loss, state.critic_optimiser, state.critic.parameters(), rate, config.clip)
     return {"critic_loss": loss.item(), "critic_grad_norm": norm}
@@ -225,27 +224,24 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: 
     inputs, k, zeta, t = _draw_comparison(state, rollout, draws, rows)
     x, labels = rollout.x[inputs], None if rollout.labels is None else rollout.labels[inputs]
     eps = _eps(state, state.student, x, state.layers.times[k], labels)
-    at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
+    at = _compare(state, x, eps, k, t, zeta)
     state.critic.requires_grad_(False)
     with torch.set_grad_enabled(config.objective != "diffused-kl"):
         critic_eps = _eps(state, state.critic, at.y, at.t, labels)
         teacher_eps = _eps(state, state.teacher.unet, at.y, at.t, labels)
-        fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
     state.critic.requires_grad_(True)
-    loss = fisher
-    if config.objective == "diffused-kl":
-        loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
+    kind: Loss = "reverse-kl" if config.objective == "diffused-kl" else "fisher"
+    losses = student_losses(kind, critic_eps, teacher_eps, at, config.kernels)
     rate = LearningRate(config.lr_student, config.warmup, config.lr_schedule).at(state.step, config.steps)
     parameters = [*state.student.parameters(), state.log_gamma]
-    norm = apply_step(loss, state.student_optimiser, parameters, rate, config.clip)
+    norm = apply_step(losses.loss, state.student_optimiser, parameters, rate, config.clip)
     update_ema(state.ema_student.parameters(), state.student.parameters(), state.step, config.ema)
     update_ema([state.ema_log_gamma], [state.log_gamma], state.step, config.ema)
-    gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
     return {
-        "student_loss": loss.item(),
+        "student_loss": losses.loss.item(),
         "student_grad_norm": norm,
-        "fisher": fisher.item(),
-        "critic_gap": gap.item(),
+        "fisher": losses.fisher.item(),
+        "critic_gap": losses.gap.item(),
         "log_gamma": state.log_gamma.mean().item(),
         "lr_student": rate,
     }
@@ -253,13 +249,13 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, rows: 
 
 def _draw_comparison(
     state: DistillState, rollout: Rollout, draws: StepDraws, rows: range
-) -> tuple[Tensor, Int[Tensor, " n"], Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+) -> tuple[Tensor, Int[Tensor, " n"], Draw, Int[Tensor, " n"]]:
     """Inputs out of the rollout for these rows of the batch, their layers, the noise `zeta` and comparison times."""
     config, device = state.config, state.config.device
     mine = list(rows)
     inputs = torch.randint(0, len(rollout.k), (config.batch,), generator=draws.generator)[mine]
     u = torch.rand(config.batch, generator=draws.generator)[mine]
-    zeta = draws.take(rows).normals(state.teacher.shape)
+    zeta = draws.take(rows)
     k = rollout.k[inputs]
     t = state.layers.times[k - 1]
     if config.objective != "sm":
@@ -267,9 +263,10 @@ def _draw_comparison(
     return inputs.to(device), k, zeta, t
 
 
-def _compare(state: DistillState, mean: Tensor, k: Tensor, t: Tensor, zeta: Tensor) -> Comparison:
-    std = layer_std(state.log_gamma, k, state.layers, mean)
-    return compare_at(mean, std, k, t, zeta, state.layers, state.teacher.schedule)
+def _compare(state: DistillState, x: Tensor, eps: Tensor, k: Tensor, t: Tensor, zeta: Draw) -> Comparison:
+    rows = comparison_rows(k, t, state.layers, state.teacher.schedule)
+    y = compare(x, eps, state.log_gamma, rows, zeta, state.config.kernels)
+    return Comparison(y, t, state.log_gamma, rows, zeta)
 
 
 def _eps(state: DistillState, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
