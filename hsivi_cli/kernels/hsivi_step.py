@@ -9,12 +9,10 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.choice import Kernels
 from hsivi_cli.kernels.philox import normals, philox_normals
 from hsivi_cli.kernels.runtime import jit, tl
-
-BLOCK = 256  # blocks of four elements a program
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from hsivi_cli.kernels.samples import BLOCK, flat, grid, like, locate, pick, runs, strides
 
 
 def hsivi_step(
@@ -33,8 +31,8 @@ def hsivi_step(
     `log_gamma` is this layer's own: a scalar, or a map `(c, h, w)`. `layer` and `streams` name the noise.
     """
     check(x, eps, log_gamma, streams)
-    if x.dtype in DTYPES and x.numel() > 0 and x[0].numel() < 2**31 and use_triton(kernels, x):
-        out = torch.empty_like(x)
+    if runs(kernels, x):
+        out = like(x)
         launch(x, eps, out, a, b, c1, log_gamma, streams, layer)
         return out
     return step_reference(x, eps, a, b, c1, log_gamma, streams, layer)
@@ -45,7 +43,7 @@ def final_step(
 ) -> UInt8[Tensor, "n h w c"]:
     """The last layer, quantised; NaN becomes 0, so that whoever wants to know must look at `eps`."""
     check(x, eps, None, None)
-    if x.dtype in DTYPES and x.numel() > 0 and x[0].numel() < 2**31 and use_triton(kernels, x):
+    if runs(kernels, x):
         out = torch.empty(x.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
         launch(x, eps, out, a, b, 0.0, None, None, 0)
         return out.permute(0, 2, 3, 1)
@@ -97,26 +95,18 @@ def launch(
     layer: int,
 ) -> None:
     """Write the step into `out`; any strides will do."""
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    x, eps = (v if flat(v) else v.contiguous() for v in (x, eps))
+    pixels = x.shape[2] * x.shape[3]
+    x, eps = flat(x), flat(eps)
     noisy = streams is not None and c1 != 0
     per_element = log_gamma is not None and log_gamma.ndim > 0
     log_gamma = None if log_gamma is None else log_gamma.contiguous()
     streams = None if streams is None else streams.contiguous()
-    blocks = -(-channels * pixels // 4)
-    # the stride of a dimension of one pixel means nothing
-    strides = [s for v in (x, eps, out) for s in (v.stride(0), v.stride(1), v.stride(3 if v.shape[3] > 1 else 2))]
     with torch.cuda.device_of(x):
-        step_kernel[(len(x), -(-blocks // BLOCK))](
-            x, eps, out, log_gamma, streams, layer, a, b, c1, channels * pixels, pixels, *strides,
+        step_kernel[grid(x)](
+            x, eps, out, log_gamma, streams, layer, a, b, c1, x[0].numel(), pixels, *strides(x, eps, out),
             NOISE=noisy, GAMMA=log_gamma is not None and noisy, PER_ELEMENT=per_element,
             QUANTISE=out.dtype == torch.uint8, BLOCK=BLOCK,
         )  # fmt: skip
-
-
-def flat(x: Tensor) -> bool:
-    """Whether one stride walks all pixels of a channel, as in NCHW and channels_last."""
-    return 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3)
 
 
 @jit(do_not_specialize=["layer", "a", "b", "c1"])
@@ -127,7 +117,6 @@ def step_kernel(
 ):  # fmt: skip
     """Four elements a Philox block, a quarter of the sample apart; the grid is (samples, blocks of BLOCK)."""
     sample = tl.program_id(0).to(tl.int64)
-    quarter = (elements + 3) // 4
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x += sample * x_n
     eps += sample * eps_n
@@ -142,20 +131,11 @@ def step_kernel(
         if GAMMA and not PER_ELEMENT:
             std = c1 * tl.exp(tl.load(log_gamma).to(tl.float32))
     for lane in tl.static_range(4):
-        element = block + lane * quarter
-        mask = (block < quarter) & (element < elements)
-        channel = element // pixels
-        pixel = element % pixels
+        element, channel, pixel, mask = locate(block, elements, pixels, lane)
         mean = a * tl.load(x + channel * x_c + pixel * x_p, mask=mask, other=0.0).to(tl.float32)
         mean += b * tl.load(eps + channel * eps_c + pixel * eps_p, mask=mask, other=0.0).to(tl.float32)
         if NOISE:
-            z = z0
-            if lane == 1:
-                z = z1
-            if lane == 2:
-                z = z2
-            if lane == 3:
-                z = z3
+            z = pick(z0, z1, z2, z3, lane)
             if PER_ELEMENT:
                 mean += c1 * tl.exp(tl.load(log_gamma + element, mask=mask, other=0.0).to(tl.float32)) * z
             else:

@@ -11,7 +11,8 @@ pi; normals therefore differ between devices only by the rounding of log, sqrt, 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -40,10 +41,17 @@ class Draw:
 
     streams: Int64[Tensor, "n 2"]
     number: int
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def normals(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n *shape"]:
-        """The draw itself."""
-        return normals(self.streams, self.number, shape, dtype)
+        """The draw itself, made once."""
+        if (shape, dtype) not in self._made:
+            self._made[shape, dtype] = normals(self.streams, self.number, shape, dtype)
+        return self._made[shape, dtype]
+
+    def part(self, rows: slice) -> "Draw":
+        """The draw of some of the rows."""
+        return Draw(self.streams[rows], self.number)
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:

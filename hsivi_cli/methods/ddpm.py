@@ -20,7 +20,7 @@ from hsivi_cli.engine.optimisation import (
     update_ema,
 )
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
-from hsivi_cli.transitions.gaussian_layer import per_sample
+from hsivi_cli.kernels.samples import per_sample
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -41,18 +41,18 @@ from hsivi_cli.engine.optimisation import (
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws
 from hsivi_cli.errors import InputError
 from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.comparison import compare
+from hsivi_cli.kernels.philox import Draw
+from hsivi_cli.kernels.student_loss import Loss
 from hsivi_cli.methods.student import Student, chain_states, sample_student
 from hsivi_cli.networks.noise_prediction import predict_eps
-from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
+from hsivi_cli.objectives.matching import Comparison, critic_loss, student_losses
 from hsivi_cli.targets.score_net import ScoreNet
 from hsivi_cli.transitions.gaussian_layer import (
-    Comparison,
     LayerCoefficients,
-    compare_at,
+    comparison_rows,
     diffusion_times,
     layer_coefficients,
-    layer_mean,
-    layer_std,
 )
 
 Objective = Literal["sm", "diffused-fisher", "diffused-kl"]
@@ -256,15 +256,14 @@ def critic_step(state: DistillState, rollout: Rollout, draws: StepDraws, share: 
     `share` is what to compute here, of the `config.batch` rows of all processes; `rollout` is the whole rollout.
     """
     config = state.config
-    drawn = _draw_comparison(state, rollout, draws, share.rows)
+    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, share.rows)
 
     def loss_of(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs, k, zeta, t = (values[part] for values in drawn)
+        rows = inputs[part]
         with torch.no_grad():
-            mean = layer_mean(rollout.x[inputs], rollout.eps[inputs], k, state.layers)
-            at = _compare(state, mean, k, t, zeta)
-        critic_eps = _eps(state, state.critic, at.y, at.t, rollout.labels_of(inputs))
-        return critic_loss(critic_eps, at.target, at.noise_scale), {}
+            at = _compare(state, rollout.x[rows], rollout.eps[rows], k[part], t[part], zeta.part(part))
+        critic_eps = _eps(state, state.critic, at.y, at.t, rollout.labels_of(rows))
+        return critic_loss(critic_eps, at, config.kernels), {}
 
     schedule = LearningRate(state.lr_scale * config.lr_critic, config.warmup, config.lr_schedule)
     rate = schedule.at(state.step, config.steps)
@@ -280,22 +279,19 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share:
     `share` and `rollout` as in `critic_step`.
     """
     config = state.config
-    drawn = _draw_comparison(state, rollout, draws, share.rows)
+    inputs, k, zeta, t = _draw_comparison(state, rollout, draws, share.rows)
 
     def loss_of(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs, k, zeta, t = (values[part] for values in drawn)
-        x, labels = rollout.x[inputs], rollout.labels_of(inputs)
-        eps = _eps(state, state.student, x, state.layers.times[k], labels)
-        at = _compare(state, layer_mean(x, eps, k, state.layers), k, t, zeta)
+        x, labels = rollout.x[inputs[part]], rollout.labels_of(inputs[part])
+        eps = _eps(state, state.student, x, state.layers.times[k[part]], labels)
+        at = _compare(state, x, eps, k[part], t[part], zeta.part(part))
         with torch.set_grad_enabled(config.objective != "diffused-kl"):
             critic_eps = _eps(state, state.critic, at.y, at.t, labels)
             teacher_eps = _eps(state, state.teacher.unet, at.y, at.t, labels)
-            loss = fisher = fisher_loss(critic_eps, teacher_eps, at.target, at.noise_scale)
-        if config.objective == "diffused-kl":
-            loss = reverse_kl_surrogate(critic_eps, teacher_eps, at.y, at.noise_scale)
-        gap = (at.noise_scale**2 * (critic_eps - teacher_eps).detach() ** 2).flatten(1).sum(1).mean()
-        return loss, {"fisher": fisher, "critic_gap": gap}
+        losses = student_losses(kind, critic_eps, teacher_eps, at, config.kernels)
+        return losses.loss, {"fisher": losses.fisher, "critic_gap": losses.gap}
 
+    kind: Loss = "reverse-kl" if config.objective == "diffused-kl" else "fisher"
     schedule = LearningRate(state.lr_scale * config.lr_student, config.warmup, config.lr_schedule)
     rate = schedule.at(state.step, config.steps)
     optimiser, parameters = state.student_optimiser, [*state.student.parameters(), state.log_gamma]
@@ -318,13 +314,13 @@ def student_step(state: DistillState, rollout: Rollout, draws: StepDraws, share:
 
 def _draw_comparison(
     state: DistillState, rollout: Rollout, draws: StepDraws, rows: range
-) -> tuple[Tensor, Int[Tensor, " n"], Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+) -> tuple[Tensor, Int[Tensor, " n"], Draw, Int[Tensor, " n"]]:
     """Inputs out of the rollout for these rows of the batch, their layers, the noise `zeta` and comparison times."""
     config, device = state.config, state.config.device
     mine = list(rows)
     inputs = torch.randint(0, len(rollout.k), (config.batch,), generator=draws.generator)[mine]
     u = torch.rand(config.batch, generator=draws.generator)[mine]
-    zeta = draws.take(rows).normals(state.teacher.shape)
+    zeta = draws.take(rows)
     k = rollout.k[inputs]
     t = state.layers.times[k - 1]
     if config.objective != "sm":
@@ -332,9 +328,10 @@ def _draw_comparison(
     return inputs.to(device), k, zeta, t
 
 
-def _compare(state: DistillState, mean: Tensor, k: Tensor, t: Tensor, zeta: Tensor) -> Comparison:
-    std = layer_std(state.log_gamma, k, state.layers, mean)
-    return compare_at(mean, std, k, t, zeta, state.layers, state.teacher.schedule)
+def _compare(state: DistillState, x: Tensor, eps: Tensor, k: Tensor, t: Tensor, zeta: Draw) -> Comparison:
+    rows = comparison_rows(k, t, state.layers, state.teacher.schedule)
+    y = compare(x, eps, state.log_gamma, rows, zeta, state.config.kernels)
+    return Comparison(y, t, state.log_gamma, rows, zeta)
 
 
 def _eps(state: DistillState, network: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:

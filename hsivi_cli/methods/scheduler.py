@@ -24,13 +24,13 @@ from torch import Tensor
 
 from hsivi_cli.bridges.schedule import PREDICTION_TYPES, make_grid, schedule_from_config
 from hsivi_cli.errors import InputError
+from hsivi_cli.kernels.samples import per_sample
 from hsivi_cli.networks.noise_prediction import to_eps
 from hsivi_cli.transitions.gaussian_layer import (
     LayerCoefficients,
     layer_coefficients,
     layer_mean,
     layer_std,
-    per_sample,
 )
 
 ENCODING = "float32"  # the field of an encoded map, and its little-endian type

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hsivi_cli.bridges.schedule import NoiseSchedule
+from hsivi_cli.kernels.comparison import ComparisonRows
+from hsivi_cli.kernels.samples import per_sample
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,6 @@ def layer_coefficients(grid: Sequence[int], eta: float, schedule: NoiseSchedule)
     return LayerCoefficients(times, abar, s, A, B, c1)
 
 
-def per_sample(values: Float[Tensor, " n"], like: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *ones"]:
-    """One number a sample, shaped and typed to multiply `like`."""
-    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
 def layer_mean(
     x: Float[Tensor, "n *shape"], eps: Float[Tensor, "n *shape"], k: Int[Tensor, " n"], layers: LayerCoefficients
 ) -> Float[Tensor, "n *shape"]:
@@ -71,39 +68,19 @@ def layer_std(
     return per_sample(layers.c1[k], like) * scale
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A layer's output at the time where it is compared with the teacher.
-
-    `y` the noisy output, `t` its time, `noise_scale` `s'` (shape `(n, 1, ..)`), `target` the critic's regression target
-    `zeta / gamma'`, both shaped like `y`.
-    """
-
-    y: Float[Tensor, "n *shape"]
-    t: Int[Tensor, " n"]
-    noise_scale: Float[Tensor, "n *ones"]
-    target: Float[Tensor, "n *shape"]
-
-
-def compare_at(
-    mean: Float[Tensor, "n *shape"],
-    std: Float[Tensor, "n ..."],
-    k: Int[Tensor, " n"],
-    t: Int[Tensor, " n"],
-    zeta: Float[Tensor, "n *shape"],
-    layers: LayerCoefficients,
-    schedule: NoiseSchedule,
-) -> Comparison:
+def comparison_rows(
+    k: Int[Tensor, " n"], t: Int[Tensor, " n"], layers: LayerCoefficients, schedule: NoiseSchedule
+) -> ComparisonRows:
     """Diffuse the output of layer k from `t_{k-1}` to the later time `t` ("diffused matching", methods.hsivi_sm).
 
-    `t = t_{k-1}` adds nothing and gives the paper's comparison. Gradients flow through `mean` and `std`.
+    `y' = a (A x + B eps + c1 exp(log_gamma) z) + b z'` with `a^2 = abar_t / abar_{k-1}` and as much noise b as takes
+    the bridge's marginal at `t_{k-1}` to the one at t; z and z' are one noise `zeta` of their joint variance. At
+    `t = t_{k-1}` nothing is added: the paper's comparison.
     """
     abar, abar_layer = schedule.abar[t], layers.abar[k - 1]
     a = (abar / abar_layer).sqrt()
-    added_variance = ((1 - abar) - a**2 * (1 - abar_layer)).clamp_min(0)
-    noise_scale = per_sample((1 - abar).sqrt(), mean)
-    std_at_t = ((per_sample(a, mean) * std) ** 2 + per_sample(added_variance, mean)).sqrt()
-    return Comparison(per_sample(a, mean) * mean + std_at_t * zeta, t, noise_scale, zeta * noise_scale / std_at_t)
+    added = ((1 - abar) - a**2 * (1 - abar_layer)).clamp_min(0)
+    return ComparisonRows(a * layers.A[k], a * layers.B[k], a * layers.c1[k], added, (1 - abar).sqrt(), k - 1)
 
 
 def diffusion_times(

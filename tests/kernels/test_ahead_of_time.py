@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 
-from hsivi_cli.kernels import group_norm_silu, group_norm_silu_backward, hsivi_step, philox
+from hsivi_cli.kernels import comparison, critic_loss, group_norm_silu, group_norm_silu_backward, hsivi_step, philox
+from hsivi_cli.kernels import student_loss as student
 from hsivi_cli.kernels.ahead_of_time import compile_for
 from hsivi_cli.kernels.choice import INTERPRETED
 from hsivi_cli.kernels.runtime import triton
+from hsivi_cli.kernels.samples import BLOCK
 from hsivi_cli.kernels.tiles import make_plan
 
 pytestmark = pytest.mark.skipif(
@@ -72,6 +74,32 @@ def test_hsivi_step(quantise):
     types |= {"x": "*fp32", "eps": "*bf16", "out": "*u8" if quantise else "*fp32"}
     types |= {"log_gamma": "*fp32", "streams": "*i64"}
     constants = {"NOISE": not quantise, "GAMMA": not quantise, "PER_ELEMENT": not quantise, "QUANTISE": quantise}
-    constants |= {"BLOCK": hsivi_step.BLOCK, "x_p": 1, "eps_p": 1}
+    constants |= {"BLOCK": BLOCK, "x_p": 1, "eps_p": 1}
     mine = {name: kind for name, kind in types.items() if name not in constants}
+    check(kernel, mine, constants, bound=96)
+
+
+FLOATS = ("out", "sums", "dgamma", "grad", "log_gamma", "numbers")
+LOSS_KERNELS = {
+    "comparison": (comparison.compare_kernel, {}),
+    "its backward": (comparison.compare_backward_kernel, {}),
+    "critic": (critic_loss.critic_kernel, {"BACKWARD": False}),
+    "critic backward": (critic_loss.critic_kernel, {"BACKWARD": True}),
+    "fisher": (student.student_kernel, {"SURROGATE": False}),
+    "fisher backward": (student.fisher_backward_kernel, {}),
+    "reverse KL": (student.student_kernel, {"SURROGATE": True}),
+    "reverse KL backward": (student.surrogate_backward_kernel, {}),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_KERNELS)
+def test_losses(name):
+    kernel, constants = LOSS_KERNELS[name]
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOATS, "*fp32") | {"streams": "*i64"}
+    # NCHW: the pixels of every image lie side by side; predictions in bfloat16
+    images = [v.removesuffix("_p") for v in kernel.arg_names if v.endswith("_p")]
+    types |= dict.fromkeys(images, "*bf16") | dict.fromkeys(["x", "y", "out", "grad"], "*fp32")
+    constants |= {"BLOCK": BLOCK} | {f"{v}_p": 1 for v in images}
+    constants |= {"PER_ELEMENT": True} if "PER_ELEMENT" in kernel.arg_names else {}
+    mine = {v: types[v] for v in kernel.arg_names if v not in constants}
     check(kernel, mine, constants, bound=96)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hsivi_cli.engine.optimisation import Share
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws, Stream, generator
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods import hsivi_sm
@@ -12,6 +13,11 @@ from hsivi_cli.methods.student import load_student, sample_student, save_student
 from hsivi_cli.targets.score_net import NetworkOptions, load_score_net
 
 
+def whole(rows):
+    """These rows as one part of a batch that is all of them."""
+    return Share(rows, ((slice(0, len(rows)), 1.0),))
+
+
 def distilled(path, steps=2, **settings):
     config = DistillConfig(**({"grid": (0, 200, 800), "steps": 4, "batch": 6, "critic_steps": 1} | settings))
     state = hsivi_sm.init(load_score_net(path), config)
@@ -19,6 +25,10 @@ def distilled(path, steps=2, **settings):
         metrics = hsivi_sm.step(state, None, generator(0, Stream.TRAIN, state.step + 1))
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     return state
+
+
+def step_draws(step):
+    return StepDraws(0, step, generator(0, Stream.TRAIN, step))
 
 
 def test_a_flat_directory_is_the_nested_one(make_teacher, tiny_teacher):
@@ -75,10 +85,8 @@ def test_learned_variances_of_a_teacher_change_nothing(make_teacher, tiny_teache
 def test_classes_are_distilled_and_drawn(make_teacher, tmp_path):
     path = make_teacher(num_class_embeds=3)
     state = distilled(path)
-    rollout = hsivi_sm.roll_out(
-        state, StepDraws(0, 1, generator(0, Stream.TRAIN, 1)), range(state.config.rollout_chains)
-    )
     chains = state.config.chains
+    rollout = hsivi_sm.roll_out(state, step_draws(1), range(chains))
     assert set(rollout.labels.tolist()) <= {0, 1, 2}
     assert torch.equal(rollout.labels[:chains], rollout.labels[chains:])  # a chain keeps its class
     save_student(hsivi_sm.averaged_student(state, {}), tmp_path / "nfe2")
@@ -94,6 +102,18 @@ def test_classes_are_distilled_and_drawn(make_teacher, tmp_path):
         open_sampler(tmp_path / "nfe2", label=3)
     solver = open_sampler(path, 3, "ddim", label=1)
     assert solver.description["class"] == 1
+
+
+def test_every_network_is_told_the_class_of_its_input(make_teacher):
+    state = distilled(make_teacher(num_class_embeds=3), batch=16)
+    rollout = hsivi_sm.roll_out(state, step_draws(1), range(state.config.chains))
+    inputs = hsivi_sm._draw_comparison(state, rollout, step_draws(2), range(3, 9))[0]
+    told = []
+    for network in (state.student, state.critic, state.teacher.unet):
+        network.register_forward_hook(lambda m, args, kwargs, out: told.append(kwargs), with_kwargs=True)
+    hsivi_sm.critic_step(state, rollout, step_draws(2), whole(range(3, 9)))
+    hsivi_sm.student_step(state, rollout, step_draws(2), whole(range(3, 9)))
+    assert [call["class_labels"].tolist() for call in told] == [rollout.labels[inputs].tolist()] * 4
 
 
 def test_a_label_needs_classes(tiny_student):

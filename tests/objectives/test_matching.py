@@ -1,15 +1,32 @@
 """The losses on Gaussian data, where the best critic, the Fisher divergence and every marginal are closed form."""
 
+from types import SimpleNamespace
+
 import torch
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
-from hsivi_cli.objectives.matching import critic_loss, fisher_loss, reverse_kl_surrogate
-from hsivi_cli.transitions.gaussian_layer import compare_at, layer_coefficients, layer_mean, layer_std
+from hsivi_cli.kernels.comparison import compare_reference, comparison_target
+from hsivi_cli.kernels.critic_loss import critic_reference
+from hsivi_cli.kernels.student_loss import fisher_reference, surrogate_reference
+from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coefficients
 
 SCHEDULE = schedule_from_config({})
 LAYERS = layer_coefficients(make_grid("quad", 5, SCHEDULE), 0.2, SCHEDULE)
 DATA_VARIANCE = 0.25
 N = 400_000
+LOG_GAMMA = torch.zeros(())
+
+
+def critic_loss(*given):
+    return critic_reference(*given).mean()
+
+
+def fisher_loss(*given):
+    return fisher_reference(*given).mean()
+
+
+def reverse_kl_surrogate(*given):
+    return surrogate_reference(*given).mean()
 
 
 def optimal_eps(x, t):
@@ -18,17 +35,17 @@ def optimal_eps(x, t):
     return (1 - abar).sqrt() * x / (abar * DATA_VARIANCE + 1 - abar)
 
 
-def comparison(k, t, student_scale, log_gamma=None, n=N, seed=0):
+def comparison(k, t, student_scale, n=N, seed=0):
     """Layer k of the student `phi = student_scale * eps*` fed with exact marginals of level k, compared at time t."""
     draws = torch.Generator().manual_seed(seed)
     variance_in = LAYERS.abar[k] * DATA_VARIANCE + 1 - LAYERS.abar[k]
     x = torch.randn(n, 1, dtype=torch.float64, generator=draws) * variance_in.sqrt()
     which, at_t = torch.full((n,), k), torch.full((n,), t)
     eps = student_scale * optimal_eps(x, torch.full((n,), int(LAYERS.times[k])))
-    mean = layer_mean(x, eps, which, LAYERS)
-    std = layer_std(torch.zeros(()) if log_gamma is None else log_gamma, which, LAYERS, mean)
     zeta = torch.randn(n, 1, dtype=torch.float64, generator=draws)
-    return compare_at(mean, std, which, at_t, zeta, LAYERS, SCHEDULE)
+    rows = comparison_rows(which, at_t, LAYERS, SCHEDULE)
+    y, target = compare_reference(x, eps, LOG_GAMMA, rows, zeta), comparison_target(LOG_GAMMA, rows, zeta)
+    return SimpleNamespace(y=y, t=at_t, target=target, noise_scale=rows.noise_scale.reshape(-1, 1))
 
 
 def linear_output_variance(k, t, scale):

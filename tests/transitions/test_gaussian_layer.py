@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
+from hsivi_cli.kernels.comparison import compare_reference, comparison_target
 from hsivi_cli.transitions.gaussian_layer import (
-    compare_at,
+    comparison_rows,
     diffusion_times,
     layer_coefficients,
     layer_mean,
@@ -65,24 +66,27 @@ def test_log_gamma_shapes_agree_and_act_per_layer():
 
 
 def test_comparing_at_the_layers_own_time_adds_nothing():
-    mean, zeta = (torch.randn(6, 1, 2, 2, dtype=torch.float64) for _ in range(2))
+    x, eps, zeta = (torch.randn(6, 1, 2, 2, dtype=torch.float64) for _ in range(3))
     k = torch.tensor([1, 2, 3, 5, 8, 10])
-    std = layer_std(torch.tensor(0.3), k, LAYERS, mean)
-    at = compare_at(mean, std, k, LAYERS.times[k - 1], zeta, LAYERS, SCHEDULE)
-    torch.testing.assert_close(at.y, mean + std * zeta)
-    torch.testing.assert_close(at.target, zeta * at.noise_scale / std)
+    log_gamma = torch.tensor(0.3)
+    std = layer_std(log_gamma, k, LAYERS, x)
+    rows = comparison_rows(k, LAYERS.times[k - 1], LAYERS, SCHEDULE)
+    y = compare_reference(x, eps, log_gamma, rows, zeta)
+    torch.testing.assert_close(y, layer_mean(x, eps, k, LAYERS) + std * zeta)
     gamma = (LAYERS.gamma[k] * torch.e**0.3).reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(at.target, zeta / gamma, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(comparison_target(log_gamma, rows, zeta), zeta / gamma, rtol=1e-7, atol=1e-7)
 
 
 def test_diffusion_turns_a_bridge_marginal_into_the_later_one():
     # x_0 = 0 exactly: the marginal at t_{k-1} is N(0, s^2), so its diffusion must be N(0, s'^2)
     k, t = torch.tensor([3, 6]), torch.tensor([500, 700])
     zero = torch.zeros(2, 1, 1, 1, dtype=torch.float64)
-    std = LAYERS.noise_scale[k - 1].reshape(-1, 1, 1, 1)
-    at = compare_at(zero, std, k, t, torch.ones_like(zero), LAYERS, SCHEDULE)
-    torch.testing.assert_close(at.y.flatten(), (1 - SCHEDULE.abar[t]).sqrt())
-    torch.testing.assert_close(at.target, torch.ones_like(zero))
+    # a layer of mean 0 whose own noise is the whole bridge's: log_gamma = log(s / c1), one map a layer
+    log_gamma = (LAYERS.noise_scale[:-1] / LAYERS.c1[1:]).log().reshape(-1, 1, 1, 1)
+    rows = comparison_rows(k, t, LAYERS, SCHEDULE)
+    y = compare_reference(zero, zero, log_gamma, rows, torch.ones_like(zero))
+    torch.testing.assert_close(y.flatten(), (1 - SCHEDULE.abar[t]).sqrt())
+    torch.testing.assert_close(comparison_target(log_gamma, rows, torch.ones_like(zero)), torch.ones_like(zero))
 
 
 def test_comparison_times_stay_between_the_layer_and_the_end():

@@ -92,7 +92,7 @@ def test_nan_and_infinity_stay_where_they_are():
 def test_poisoned_outputs_are_overwritten(monkeypatch):
     x, eps, log_gamma, streams = make((3, 3, 5, 3))
     real = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda v: real(v).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda v, **k: real(v, **k).fill_(float("nan")))
     assert bool(hsivi_step(x, eps, A, B, C1, log_gamma, streams, 1, kernels="triton").isfinite().all())
 
 
@@ -101,6 +101,13 @@ def test_views_are_read_right():
     got = hsivi_step(x[..., ::2], eps[..., 1::2], A, B, C1, log_gamma[..., ::2], streams, 1, kernels="triton")
     want = step_reference(x[..., ::2].double(), eps[..., 1::2].double(), A, B, C1, log_gamma[..., ::2], streams, 1)
     assert error(got, want) < 1e-6
+
+
+def test_a_transposed_view_is_read_and_written_right():
+    x, eps, log_gamma, streams = make((2, 2, 5, 4))
+    got = hsivi_step(x.transpose(2, 3), eps.transpose(2, 3), A, B, C1, log_gamma.transpose(1, 2), streams, 1, "triton")
+    given = [v.transpose(2, 3) for v in (x.double(), eps.double())]
+    assert error(got, step_reference(*given, A, B, C1, log_gamma.transpose(1, 2), streams, 1)) < 1e-6
 
 
 def test_the_stride_of_a_single_column_means_nothing():

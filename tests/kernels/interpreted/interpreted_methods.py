@@ -43,17 +43,37 @@ def test_a_student_draws_the_same_images():
     assert [type(module) for module in student.unet.modules()] == classes
 
 
+def start(kernels, grid=(0, 800), **settings):
+    """A critic that is no copy of the teacher any more: the student's loss is their difference, else mere rounding."""
+    config = hsivi_sm.DistillConfig(grid, kernels=kernels, **settings)
+    state = hsivi_sm.init(ScoreNet(make_unet(), SCHEDULE, Path(), ""), config)
+    draws = torch.Generator().manual_seed(1)
+    for parameter in state.critic.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draws)
+    return state
+
+
 def test_a_training_step_has_the_same_losses():
     metrics = {}
-    settings = {"steps": 2, "batch": 1, "rollout": 1, "critic_steps": 1, "lr_critic": 0.0}
     for kernels in ("torch", "triton"):
-        config = hsivi_sm.DistillConfig((0, 800), **settings, kernels=kernels)
-        state = hsivi_sm.init(ScoreNet(make_unet(), SCHEDULE, Path(), ""), config)
-        # a critic that is no copy of the teacher any more: the student's loss is their difference, else mere rounding
-        draws = torch.Generator().manual_seed(1)
-        for parameter in state.critic.parameters():
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=draws)
+        state = start(kernels, steps=2, batch=1, rollout=1, critic_steps=1, lr_critic=0.0)
         metrics[kernels] = hsivi_sm.step(state, None, generator(0, Stream.TRAIN, 1))
     for name, value in metrics["torch"].items():
         assert metrics["triton"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert metrics["triton"] != metrics["torch"]  # or no kernel ran
+
+
+@pytest.mark.parametrize(
+    ("objective", "log_gamma"), [("diffused-kl", "map"), ("diffused-fisher", "layer"), ("sm", "scalar")]
+)
+def test_losses_stay_the_same_over_steps(objective, log_gamma, monkeypatch):
+    # the norms' kernels are left out: they take the interpreter a second each forward
+    monkeypatch.setattr(hsivi_sm, "use_triton", lambda *a: False)
+    steps, metrics = 6, {}
+    for kernels in ("torch", "triton"):
+        settings = {"objective": objective, "log_gamma": log_gamma, "steps": steps, "batch": 3, "rollout": 2}
+        state = start(kernels, (0, 100, 800), critic_steps=2, lr_schedule="constant", **settings)
+        found = [hsivi_sm.step(state, None, generator(0, Stream.TRAIN, i + 1)) for i in range(steps)]
+        metrics[kernels] = torch.tensor([list(m.values()) for m in found], dtype=torch.float64)
+    torch.testing.assert_close(metrics["triton"], metrics["torch"], rtol=2e-4, atol=1e-6)
+    assert not torch.equal(metrics["triton"], metrics["torch"])  # or no kernel ran
