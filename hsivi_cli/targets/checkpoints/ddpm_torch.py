@@ -185,9 +185,9 @@ def _side(found: Architecture, fields: Fields, shape: tuple[int, int, int] | Non
     if "image_size" in fields:
         side = integer(fields, "image_size", 32, 1, 4096)
         return (side, side), []
-    if fields.get("dataset") in SIDES:
-        side = SIDES[fields["dataset"]]
-        return (side, side), []
+    known = SIDES.get(str(fields.get("dataset")))
+    if known:
+        return (known, known), []
     if sum(found.attends) != 1:
         raise InputError("the size of its images is not in a ddpm-torch checkpoint: name it with --shape C,H,W")
     side = 16 * 2 ** found.attends.index(True)

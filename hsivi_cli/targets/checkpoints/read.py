@@ -107,7 +107,7 @@ def _read_pickle(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as err:
         wants = re.search(r"GLOBAL (\S+)", str(err)) or re.search(r"Trying to (?:load|instantiate) (\S+)", str(err))
-        if wants or "Unsupported" in str(err):
+        if wants or "Unsupported global" in str(err) or "Unsupported class" in str(err):
             what = f"holds {wants[1]}" if wants else "holds Python objects"
             raise InputError(f"{path} {what}, which only running code could read: {RESAVE}") from err
         raise InputError(f"{path} is damaged or no checkpoint ({one_line(err)}): fetch or write it again") from err
