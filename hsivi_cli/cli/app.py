@@ -18,6 +18,7 @@ from hsivi_cli.cli import (
     export,
     fit_posterior,
     inspect,
+    push,
     sample,
     train,
     watch,
@@ -42,6 +43,7 @@ app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("fit-posterior")(fit_posterior.fit_posterior)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("watch")(watch.watch)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
