@@ -9,6 +9,7 @@ from typing import Any
 
 from hsivi_cli.errors import InputError
 from hsivi_cli.methods.student import TEACHER_FID, Student, save_student
+from hsivi_cli.networks.noise_prediction import PlainNetwork
 
 CARD = "README.md"
 SNIPPET = """```python
@@ -111,6 +112,9 @@ def model_card(student: Student, repository: str) -> str:
     )
     plain = "`unet/` alone opens with plain diffusers; `scheduler/` holds the grid and the learned noise levels."
     snippet = SNIPPET.format(repository=repository)
+    if isinstance(student.unet, PlainNetwork):
+        plain = "The network is of its author's own making: `--network` names the Python file that builds it."
+        snippet = "```bash\nhsivi sample DIRECTORY --network FILE.py:FUNCTION\n```"
     return f"---\n{metadata}\n---\n\n{title}\n\n{what}\n\n{snippet}\n\n{plain}\n\n| | |\n|---|---|\n{rows}\n"
 
 
