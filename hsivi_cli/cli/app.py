@@ -8,7 +8,21 @@ from collections.abc import Sequence
 import typer
 
 import hsivi_cli
-from hsivi_cli.cli import bench, config, console, distill, env, evaluate, fit_posterior, inspect, sample, train, watch
+from hsivi_cli.cli import (
+    bench,
+    config,
+    console,
+    distill,
+    env,
+    evaluate,
+    export,
+    fit_posterior,
+    inspect,
+    push,
+    sample,
+    train,
+    watch,
+)
 from hsivi_cli.engine import processes
 from hsivi_cli.errors import HsiviError, InputError, InterruptError
 
@@ -28,6 +42,8 @@ app.command("distill")(distill.distill)
 app.command("sample")(sample.sample)
 app.command("evaluate")(evaluate.evaluate)
 app.command("fit-posterior")(fit_posterior.fit_posterior)
+app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("watch")(watch.watch)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)

@@ -149,20 +149,20 @@ def _open_samples(
     """Images, or a sampler with what the protocol says about it."""
     import sys
 
-    from hsivi_cli.io.files import read_json
     from hsivi_cli.io.images import SUBSET_SEED, read_image_stream, read_images
     from hsivi_cli.methods.sampling import open_sampler
-    from hsivi_cli.methods.student import DESCRIPTION, find_students, select_student
+    from hsivi_cli.methods.student import description_of, find_students, is_student_file, select_student
 
     solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
-    if path is None or solver or (path.is_dir() and ((path / "unet").is_dir() or find_students(path))):
+    directory = path is not None and path.is_dir() and ((path / "unet").is_dir() or find_students(path))
+    if path is None or solver or directory or is_student_file(path):
         with console.guarded_stdout():  # of a user's own file
             sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
         drawn["quantisation"] = sampler.description["quantisation"]
         if solver is None:
-            drawn["teacher_fid"] = read_json(select_student(path, sampler.nfe) / DESCRIPTION).get("teacher_fid")
+            drawn["teacher_fid"] = description_of(select_student(path, sampler.nfe)).get("teacher_fid")
         return sampler, drawn
     about = solving["options"]
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}

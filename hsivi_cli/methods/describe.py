@@ -18,6 +18,7 @@ from hsivi_cli.methods.student import (
     load_student,
     student_sha256,
 )
+from hsivi_cli.methods.student_file import KEY, unpacked
 from hsivi_cli.networks.noise_prediction import PLAIN
 from hsivi_cli.targets.checkpoints.read import PICKLED, read_tensors
 from hsivi_cli.targets.checkpoints.registry import recognise
@@ -34,7 +35,8 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path} does not exist: name {KINDS}")
     if path.suffix == ".safetensors":
-        return describe_safetensors(path)
+        facts = describe_safetensors(path)
+        return describe_student_file(path) if KEY in facts["metadata"] else facts
     if path.suffix in PICKLED:
         return describe_pickled(path)
     if path.suffix == ".npz":
@@ -85,6 +87,12 @@ def describe_student(path: Path) -> dict[str, Any]:
     }
     facts |= {"schedule": student.schedule.config} | _network(student.unet)
     return facts | {key: value for key, value in student.description.items() if key not in own}
+
+
+def describe_student_file(path: Path) -> dict[str, Any]:
+    """Facts about a file of `hsivi export --format safetensors`, as about the directory it was made from."""
+    with unpacked(path) as directory:
+        return describe_student(directory) | {"path": str(path)}
 
 
 def describe_run(path: Path) -> dict[str, Any]:

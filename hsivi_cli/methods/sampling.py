@@ -66,7 +66,8 @@ def open_sampler(
     for anything else.
     """
     options = options or NetworkOptions()
-    if path is not None and not path.is_dir() and solver is None:
+    one_file = path is not None and path.is_file() and path.suffix == ".safetensors"  # of hsivi export, if of ours
+    if path is not None and not path.is_dir() and not one_file and solver is None:
         what = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
     is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)

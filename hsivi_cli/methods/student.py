@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,13 +192,19 @@ def save_pipeline_files(student: Student, directory: Path) -> None:
 
 
 def load_student(path: Path, device: str = "cpu", network: str | None = None) -> Student:
-    """Load a student directory; raises InputError naming the file at fault.
+    """Load a student directory, or a file of `hsivi export`; raises InputError naming the file at fault.
 
     `network` is the `FILE:FUNCTION` of a user's own network, which is run.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.is_file():
+        from hsivi_cli.methods.student_file import unpacked
+
+        with unpacked(path) as directory:
+            student = load_student(directory, device, network)
+            return replace(student, path=path, log_gamma=student.log_gamma.clone())  # not mapped from what goes now
     fields = read_json(path / DESCRIPTION)
     if fields.get("format") != FORMAT:
         raise InputError(f"{path / DESCRIPTION}: format {fields.get('format')!r} is not {FORMAT}: upgrade hsivi")
@@ -274,11 +280,42 @@ def record_teacher_fid(student: Path, fields: dict[str, Any]) -> None:
         write_json(student / DESCRIPTION, read_json(student / DESCRIPTION) | {TEACHER_FID: fields})
 
 
+def is_student_file(path: Path) -> bool:
+    """Whether `path` is a safetensors file that `hsivi export` wrote; False for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    from hsivi_cli.methods.student_file import KEY
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as header:
+            return KEY in (header.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """The description of a student directory or file, unchecked but for its NFE."""
+    if path.is_file():
+        from hsivi_cli.methods.student_file import read_contents
+
+        fields = read_contents(path)["description"]
+    else:
+        fields = read_json(path / DESCRIPTION)
+    if not isinstance(fields.get("nfe"), int):
+        where = path if path.is_file() else path / DESCRIPTION
+        raise InputError(f"{where}: nfe {fields.get('nfe')!r} is not a whole number")
+    return fields
+
+
 def find_students(path: Path) -> dict[int, Path]:
-    """Students in a run directory, by NFE; a student directory is its own only student.
+    """Students in a run directory, by NFE; a student directory or file is its own only student.
 
     The best of a run by FID has the NFE of its last: it is asked for by its own path.
     """
+    if is_student_file(path):
+        return {description_of(path)["nfe"]: path}
     own = path / DESCRIPTION
     found = sorted(path.glob(f"*/{DESCRIPTION}"))
     # a dot begins the temporaries that a killed process leaves behind
@@ -286,9 +323,7 @@ def find_students(path: Path) -> dict[int, Path]:
     candidates = [own] if own.is_file() else [file for file in found if file not in hidden]
     students: dict[int, Path] = {}
     for file in candidates:
-        nfe = read_json(file).get("nfe")
-        if not isinstance(nfe, int):
-            raise InputError(f"{file}: nfe {nfe!r} is not a whole number")
+        nfe = description_of(file.parent)["nfe"]
         if nfe in students:
             raise InputError(f"{students[nfe]} and {file.parent} are both students for NFE {nfe}: name one of them")
         students[nfe] = file.parent
@@ -307,14 +342,14 @@ def find_best(path: Path) -> dict[int, Path]:
 
 
 def select_student(path: Path | None, nfe: int | None) -> Path:
-    """The student directory for `nfe` in a run or student directory; None is the shipped run.
+    """The student directory for `nfe` in a run or student directory, or a student file; None is the shipped run.
 
     Raises InputError, naming the NFE that exist, if there is no such student.
     """
     root = asset("mnist") if path is None else Path(path)
-    if not root.is_dir():
+    if not root.exists():
         raise InputError(f"{root} does not exist: name a run of hsivi distill, or leave it out for the shipped student")
-    students = find_students(root)
+    students = {description_of(root)["nfe"]: root} if root.is_file() else find_students(root)
     if not students:
         raise InputError(f"{root} holds no student: name a run of hsivi distill, or sample a teacher with --solver")
     there = ", ".join(str(k) for k in students)

@@ -30,7 +30,7 @@ def predict_eps(
     t = torch.as_tensor(t, device=x.device)
     out = net(x, t) if labels is None else net(x, t, class_labels=labels)
     out = getattr(out, "sample", out).float()
-    abar = schedule.abar.to(x.device)[t.expand(len(x))].reshape(-1, *[1] * (x.ndim - 1))
+    abar = schedule.abar.to(x.device)[t.expand(x.shape[0])].reshape(-1, *[1] * (x.ndim - 1))
     return to_eps(out, x, abar, schedule.prediction_type)
 
 
@@ -86,7 +86,7 @@ class PlainNetwork(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | Int[Tensor, ""]) -> Tensor:
         """What the network answers, told one time a sample."""
-        return self.net(x, t.expand(len(x)))
+        return self.net(x, t.expand(x.shape[0]))  # len(x) would be a constant to those who trace it
 
 
 PLAIN = "hsivi_cli.PlainNetwork"

@@ -28,6 +28,18 @@ UNET = {
     "add_attention": False,
 }
 
+NETWORK = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.layer(x) + t.reshape(-1, 1, 1, 1) / 1000
+"""
+
 
 def opened(path, **fields):
     pipe = DiffusionPipeline.from_pretrained(path, **fields)
@@ -169,12 +181,7 @@ def test_what_the_network_predicts_is_told_by_the_directory(make_teacher, tmp_pa
 
 def test_a_network_of_the_users_own(tmp_path):
     """It opens with the file that builds it, and nothing pretends that diffusers could."""
-    (tmp_path / "net.py").write_text(
-        "import torch\nclass Net(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n"
-        "        self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
-        "    def forward(self, x, t):\n        return self.layer(x) + t.reshape(-1, 1, 1, 1) / 1000\n"
-    )
+    (tmp_path / "net.py").write_text(NETWORK)
     spec = f"{tmp_path / 'net.py'}:Net"
     schedule = HSIVIScheduler().schedule
     network = build_user_network(spec, (1, 8, 8)).eval()
