@@ -73,8 +73,8 @@ def comparison_rows(
 ) -> ComparisonRows:
     """Diffuse the output of layer k from `t_{k-1}` to the later time `t` ("diffused matching", methods.hsivi_sm).
 
-    `y' = a (A x + B eps + c1 exp(log_gamma) z) + b z'` with `a^2 = abar_t / abar_{k-1}` and as much noise b as takes the
-    bridge's marginal at `t_{k-1}` to the one at t; z and z' are one noise `zeta` of their joint variance. `t = t_{k-1}`
+    `y' = a (A x + B eps + c1 exp(log_gamma) z) + b z'` with `a^2 = abar_t / abar_{k-1}` and as much noise b as takes
+    the bridge's marginal at `t_{k-1}` to that at t; z and z' are one noise `zeta` of their joint variance. `t = t_{k-1}`
     adds nothing and gives the paper's comparison.
     """
     abar, abar_layer = schedule.abar[t], layers.abar[k - 1]
