@@ -203,6 +203,8 @@ def _write_config(directory: Path, config: dict[str, Any]) -> None:
     try:
         write_json(directory / CONFIG, config)
     except OSError as err:
+        if err.errno in DISK_FULL:
+            raise
         raise InputError(f"cannot write to {directory} ({err.strerror}): choose another --out") from err
 
 
