@@ -9,9 +9,10 @@ import torch
 from conjugate import conjugate_target, sample_prior
 
 from hsivi_cli.engine import loop
-from hsivi_cli.engine.checkpoint import load_checkpoint, pack, save_checkpoint
+from hsivi_cli.engine.checkpoint import load_checkpoint, load_newest, pack, save_checkpoint
 from hsivi_cli.engine.seeds import Stream, generator
 from hsivi_cli.errors import HsiviError, InputError, RunError
+from hsivi_cli.io.run_directory import checkpoints
 from hsivi_cli.methods import amortised
 from hsivi_cli.methods.amortised import Config
 from hsivi_cli.networks.posterior_encoder import EncoderConfig
@@ -292,7 +293,7 @@ def test_the_loop_runs_and_resumes_it(name, tmp_path):
             if number:
                 loop.resume(amortised, state, directory)
             loop.run_loop(amortised, state, loop.LoopConfig(stop, 0, 4), directory, loop.Hooks(records.append))
-    whole, halves = (load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "halves"))
+    whole, halves = (load_newest(checkpoints(tmp_path / name)) for name in ("whole", "halves"))
     (tensors, structure), (others, other_structure) = pack(whole), pack(halves)
     assert structure == other_structure
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
