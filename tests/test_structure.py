@@ -59,6 +59,17 @@ def test_help_is_fast_and_imports_nothing_heavy():
         after = os.times()  # CPU seconds of the child: the same on a busy machine
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert done.returncode == 0, done.stderr
-        for command in ("train", "distill", "sample", "evaluate", "fit-posterior", "inspect", "bench", "env"):
+        for command in (
+            "train",
+            "distill",
+            "sample",
+            "evaluate",
+            "fit-posterior",
+            "inspect",
+            "bench",
+            "env",
+            "watch",
+            "config",
+        ):
             assert command in done.stdout
     assert min(seconds) < 0.5, seconds
