@@ -183,13 +183,20 @@ def network_options(
 
 
 def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
-    """Turn `auto` into what runs on this device; raises InputError for `triton` where it cannot."""
+    """Turn `auto` into what runs on this device and agrees with torch there, a moment's check.
+
+    Raises InputError for `triton` where it cannot run.
+    """
     import torch
 
     from hsivi_cli.kernels.choice import use_triton
 
     choice: Any = check_choice("--kernels", value, ("auto", "triton", "torch"))
-    return "triton" if use_triton(choice, torch.empty(0, device=device)) else "torch"
+    if not use_triton(choice, torch.empty(0, device=device)):
+        return "torch"
+    from hsivi_cli.kernels.agreement import agrees
+
+    return "triton" if choice == "triton" or agrees(torch.device(device)) else "torch"
 
 
 def parse_integers(flag: str, value: str, distinct: bool = True) -> list[int]:

@@ -4,8 +4,6 @@ Of a `UNet2DModel`, every `ResnetBlock2D` with SiLU (both its norms, and the tim
 norm with its SiLU are swapped. An attention's norm has no SiLU behind it and stays.
 """
 
-import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from hsivi_cli.kernels.agreement import agrees
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.kernels.group_norm_silu import group_norm_silu
 
@@ -75,33 +74,6 @@ def fusible(block: nn.Module) -> bool:
     )
 
 
-SIDES: tuple[Kernels, Kernels] = ("triton", "torch")
-
-
-@functools.cache
-def agrees(device: torch.device) -> bool:
-    """Whether the kernel on this device gives torch's numbers, forward and backward; a warning says so where not.
-
-    A compiler or GPU that nobody has tried costs a moment then, not pictures or a run.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 24, 7, 5), (24,), (24,)))
-    try:
-        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-            found = []
-            for kernels in SIDES:
-                inputs = [t.to(device, dtype).requires_grad_() for t in (x, weight, bias)]
-                out = group_norm_silu(inputs[0], inputs[1], inputs[2], 6, kernels=kernels)
-                found.append(torch.cat([t.float().flatten() for t in (out, *torch.autograd.grad(out.sum(), inputs))]))
-            error = float((found[0] - found[1]).norm() / found[1].norm())
-            if not error < bound:
-                raise RuntimeError(f"off by {error:.1g} in {dtype}")
-    except Exception as err:  # whatever a compiler throws
-        warnings.warn(f"fused kernels are left out: on {device} they fail their check ({err})", stacklevel=2)
-        return False
-    return True
-
-
 def fuse(unet: "UNet2DModel", kernels: Kernels = "auto") -> int:
     """Swap fused modules in, in place; returns how many norms are fused now. `unfuse` undoes it.
 
@@ -118,8 +90,8 @@ def fuse(unet: "UNet2DModel", kernels: Kernels = "auto") -> int:
             module.__class__ = FusedResnetBlock2D
             module.kernels = kernels
             fused += 2
-    norm: nn.Module = unet.conv_norm_out
-    if type(norm) is nn.GroupNorm and norm.affine and type(unet.conv_act) is nn.SiLU:
+    norm: nn.Module | None = getattr(unet, "conv_norm_out", None)  # a user's own network has none
+    if norm is not None and type(norm) is nn.GroupNorm and norm.affine and type(unet.conv_act) is nn.SiLU:
         norm.__class__ = FusedGroupNormSiLU
         unet.conv_act = FusedIdentity()
     if isinstance(norm, FusedGroupNormSiLU):
@@ -134,7 +106,7 @@ def unfuse(unet: "UNet2DModel") -> None:
         if isinstance(module, FusedResnetBlock2D):
             module.__class__ = ResnetBlock2D
             del module.kernels
-    norm: nn.Module = unet.conv_norm_out
+    norm: nn.Module | None = getattr(unet, "conv_norm_out", None)
     if isinstance(norm, FusedGroupNormSiLU):
         del norm.kernels
         setattr(norm, "__class__", nn.GroupNorm)  # noqa: B010

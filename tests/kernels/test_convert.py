@@ -87,6 +87,13 @@ def test_blocks_it_does_not_know_are_left_alone():
     assert type(unet.mid_block.resnets[1]) is FusedResnetBlock2D
 
 
+def test_a_network_without_such_blocks_is_left_alone():
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.GroupNorm(1, 1), nn.SiLU())
+    before = [type(module) for module in network.modules()]
+    with fused(network):
+        assert [type(module) for module in network.modules()] == before
+
+
 def test_the_context_gives_the_unet_back_whatever_happens():
     unet = make()
     with pytest.raises(RuntimeError, match="on purpose"), fused(unet):

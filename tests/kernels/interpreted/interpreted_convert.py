@@ -4,7 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from hsivi_cli.kernels import convert, group_norm_silu
+from hsivi_cli.cli.options import resolve_kernels
+from hsivi_cli.kernels import comparison, convert, critic_loss, group_norm_silu
+from hsivi_cli.kernels.agreement import agrees
 from hsivi_cli.kernels.convert import fused
 
 TINY = {
@@ -48,14 +50,20 @@ def test_a_unet_with_kernels(conditioning, channels_last, monkeypatch):
 
 def test_auto_uses_a_kernel_that_agrees_and_declines_one_that_does_not(monkeypatch):
     cpu = torch.device("cpu")
-    convert.agrees.cache_clear()
-    assert convert.agrees(cpu)
-    convert.agrees.cache_clear()
-    real = group_norm_silu.GroupNormSiLU.apply
-    monkeypatch.setattr(group_norm_silu.GroupNormSiLU, "apply", lambda *a: 1.001 * real(*a))
-    with pytest.warns(UserWarning, match="left out: on cpu they fail their check"):
-        assert not convert.agrees(cpu)
+    agrees.cache_clear()
+    assert agrees(cpu)
+    assert resolve_kernels("auto", "cpu") == "triton"
+    # a thousandth in any of them is seen
+    for function in (group_norm_silu.GroupNormSiLU, comparison.Compare, critic_loss.CriticSums):
+        agrees.cache_clear()
+        with monkeypatch.context() as patch:
+            real = function.apply
+            patch.setattr(function, "apply", lambda *a, real=real: 1.001 * real(*a))
+            with pytest.warns(UserWarning, match="left out: on cpu they fail their check"):
+                assert not agrees(cpu)
+    assert resolve_kernels("auto", "cpu") == "torch"  # the answer is kept
+    assert resolve_kernels("triton", "cpu") == "triton"
     unet = UNet2DModel(**TINY).eval()
     convert.fuse(unet, "auto")
     assert unet.conv_norm_out.kernels == "torch"
-    convert.agrees.cache_clear()
+    agrees.cache_clear()
