@@ -87,6 +87,13 @@ def test_interrupted_run_resumes_to_the_same_state(tmp_path, number, error, code
     assert [r["step"] for r in read_metrics(tmp_path / "b" / METRICS)] == [4, 8, 12, 16, 20]
 
 
+def test_every_step_is_told_before_its_log_line(tmp_path):
+    told = []
+    hooks = Hooks(lambda record: told.append(f"line {record['step']}"), on_step=told.append)
+    run_loop(WalkMethod(), Walk(), replace(CONFIG, steps=5), tmp_path, hooks)
+    assert told == [1, 2, 3, 4, "line 4", 5, "line 5"]
+
+
 def test_lines_after_the_checkpoint_are_not_repeated(tmp_path):
     with pytest.raises(KeyError):  # a crash, not a request to stop: the last checkpoint is that of step 12
         run(tmp_path, WalkMethod(17, lambda: {}["crash"]))
