@@ -3,6 +3,7 @@
 A run that fails before it has anything to go on from leaves nothing behind, so that the same command works again.
 """
 
+import errno
 import fcntl
 import os
 import re

@@ -1,6 +1,7 @@
 """Run directories: a failed first run blocks nothing and costs nobody's files, and one process writes at a time."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -207,3 +208,17 @@ def test_the_checkpoint_of_step_0_is_nothing_to_go_on_from(tmp_path):
     with pytest.raises(KeyError):
         fail(tmp_path / "run", KeyError(), ["training/nfe5/checkpoint-000000.safetensors"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "opens"), [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_does_without_and_a_broken_one_is_named(tmp_path, monkeypatch, number, opens):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    if opens:
+        with run_directory(tmp_path / "run", {}, resume=False) as had_run:
+            assert not had_run
+    else:
+        with pytest.raises(InputError, match="Input/output error"), run_directory(tmp_path / "run", {}, resume=False):
+            pass
