@@ -63,9 +63,9 @@ def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Fast diffusion sampling and posterior fitting: distil score networks into few-step samplers, fit posteriors."""
-    if processes.count() > 1 and context.invoked_subcommand not in SEVERAL:
+    if processes.launched() > 1 and context.invoked_subcommand not in SEVERAL:
         name = context.invoked_subcommand
-        raise InputError(f"hsivi {name} runs in one process, not {processes.count()}: start it without the launcher")
+        raise InputError(f"hsivi {name} runs in one process, not {processes.launched()}: start it without the launcher")
 
 
 def _drop_stdout() -> None:

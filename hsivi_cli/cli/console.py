@@ -25,13 +25,13 @@ _stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def story(message: str) -> None:
     """One line of the story, to stderr; markup is not interpreted, so paths with brackets survive."""
-    if processes.is_main():
+    if processes.talks():
         _stderr.print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """A warning, to stderr."""
-    if processes.is_main():
+    if processes.talks():
         _stderr.print(f"warning: {message}", markup=False, style="yellow")
 
 
@@ -47,7 +47,7 @@ def error(message: str, bug: BaseException | None = None) -> None:
 
 def stdout() -> TextIO:
     """Where results go; raises RunError if the caller has closed it (`>&-`)."""
-    if not processes.is_main():
+    if not processes.talks():
         return _nowhere()
     if sys.stdout is None:
         raise RunError("stdout is closed: there is nowhere to print the result")
@@ -94,7 +94,7 @@ def _nowhere() -> TextIO:
 def story_terminal() -> Console | None:
     """The console of the story where stderr is a terminal, for what is redrawn in place; None elsewhere."""
     redrawn = sys.stderr is not None and sys.stderr.isatty() and not _stderr.is_dumb_terminal
-    return _stderr if redrawn and processes.is_main() else None
+    return _stderr if redrawn and processes.talks() else None
 
 
 def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: float, once: bool) -> None:
@@ -121,7 +121,7 @@ def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: flo
 @contextmanager
 def guarded_stdout() -> Iterator[None]:
     """Send to stderr what other code prints, such as a user's model file: stdout is for the result alone."""
-    with redirect_stdout(sys.stderr if processes.is_main() else _nowhere()):
+    with redirect_stdout(sys.stderr if processes.talks() else _nowhere()):
         yield
 
 
@@ -165,7 +165,7 @@ def progress(title: str, total: int, lines: bool = False) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    silent = not (sys.stderr.isatty() and processes.is_main())
+    silent = not (sys.stderr.isatty() and processes.talks())
     with Progress(*columns, console=_stderr, disable=silent, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield Advance(partial(bar.update, task))

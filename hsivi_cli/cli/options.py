@@ -123,13 +123,12 @@ def resolve_device(device: str, threads: int = 0) -> str:
         torch.set_num_threads(threads)
     if processes.launched_alone():
         console.warn("accelerate starts one process only on a CPU: for several use torchrun --nproc-per-node N -m ...")
-    if device == "auto":
-        return processes.start(device)
+    device = processes.start(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
         raise InputError(f"--device {device} is not available here: use --device auto or cpu") from err
-    return processes.start(device)
+    return device
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:

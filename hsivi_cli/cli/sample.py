@@ -79,7 +79,7 @@ def sample(
     from hsivi_cli.io.run_directory import is_posterior_fit
 
     if student is not None and is_posterior_fit(student):
-        if processes.count() > 1:
+        if processes.launched() > 1:
             raise InputError(f"{student} is a posterior fit, and one process draws from it: leave the launcher out")
         from hsivi_cli.cli.observe import observe_rows
         from hsivi_cli.cli.observe_latent import is_latent_fit, sample_latent

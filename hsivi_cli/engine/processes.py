@@ -33,20 +33,28 @@ _TOLD = "hsivi/told"
 _device: "torch.device | None" = None  # where what is exchanged must lie; None before `start`
 
 
-def count() -> int:
-    """How many processes run this command."""
+def launched() -> int:
+    """How many processes a launcher has started with this command."""
     return max(_from_environment("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", default=1), 1)
 
 
+def talks() -> bool:
+    """Whether this is the one process that prints, of those launched."""
+    return launched() == 1 or _from_environment("RANK", "OMPI_COMM_WORLD_RANK", default=0) == 0
+
+
+def count() -> int:
+    """How many processes share the work; 1 before `start`, for a script that has a launcher of its own."""
+    return 1 if _device is None else launched()
+
+
 def rank() -> int:
-    """The number of this process, from 0."""
-    if count() == 1:
-        return 0
-    return _from_environment("RANK", "OMPI_COMM_WORLD_RANK", default=0)
+    """The number of this process among them, from 0."""
+    return 0 if _device is None else _from_environment("RANK", "OMPI_COMM_WORLD_RANK", default=0)
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the only one that talks and writes."""
+    """Whether this is process 0, the only one that writes."""
     return rank() == 0
 
 
@@ -66,18 +74,18 @@ def start(device: str) -> str:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu"
-    if count() == 1:
+    if launched() == 1:
         return device
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise InputError(f"WORLD_SIZE is {count()}, and {name} is not set: use torchrun, or unset WORLD_SIZE")
+            raise InputError(f"WORLD_SIZE is {launched()}, and {name} is not set: use torchrun, or unset WORLD_SIZE")
     kind, _, number = device.partition(":")
     if number:
-        raise InputError(f"--device {device} names one device for {count()} processes: use --device {kind}")
+        raise InputError(f"--device {device} names one device for {launched()} processes: use --device {kind}")
     local = _from_environment("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", default=0)
     if kind == "cuda" and local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        raise InputError(f"{on_this_machine()} processes for {gpus} GPUs: start one a GPU, or use --device cpu")
+        raise InputError(f"LOCAL_RANK {local}, and {gpus} GPUs here: start one process a GPU, or use --device cpu")
     global _device
     if _device is None:
         from accelerate import PartialState
@@ -89,7 +97,7 @@ def start(device: str) -> str:
 
 def launched_alone() -> bool:
     """Whether Accelerate was asked for several processes and started one, as it does on a CPU without mpirun."""
-    return count() == 1 and _on_cpu() and "MASTER_ADDR" in os.environ
+    return launched() == 1 and _on_cpu() and "MASTER_ADDR" in os.environ
 
 
 def end() -> None:
@@ -110,9 +118,9 @@ def speaks() -> bool:
     Process 0 does, unless another has already; another does if process 0 has nothing to say within GRACE seconds.
     """
     if _device is None:
-        if not is_main():
+        if not talks():
             time.sleep(GRACE)  # a launcher ends all as soon as one has failed: not before the first has said why
-        return is_main()
+        return talks()
     from torch.distributed.distributed_c10d import _get_default_store  # what the processes met at
 
     try:
@@ -239,7 +247,7 @@ def _exchange() -> Iterator[None]:
         if "out of memory" in str(err):
             raise
         raise RunError(
-            f"another of the {count()} processes has ended or does not answer ({str(err).splitlines()[0][:120]})"
+            f"another of the {launched()} processes has ended or does not answer ({str(err).splitlines()[0][:120]})"
         ) from err
 
 

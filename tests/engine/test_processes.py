@@ -16,7 +16,7 @@ from hsivi_cli.errors import InputError, RunError
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_cover_all_rows_once_in_order(count, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(processes, "count", lambda: count)
     for n in (1, 2, 5, 64):
         shares = [processes.share(n, of=r) for r in range(count)]
         assert [i for share in shares for i in share] == list(range(n))
@@ -131,5 +131,5 @@ def test_bad_environments_are_one_line(monkeypatch):
         processes.start("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match="2 processes for 1 GPUs"):
+    with pytest.raises(InputError, match="LOCAL_RANK 1, and 1 GPUs here"):
         processes.start("cuda")
