@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hsivi_cli.engine.seeds import PhiloxStreams
-from hsivi_cli.io.files import write_json
+from hsivi_cli.io.files import SUMS, write_json
 from hsivi_cli.methods.scheduler import HSIVIScheduler
-from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA, Student, chain_fields, load_student
+from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA, Student, chain_fields, chain_sha256, load_student
 from hsivi_cli.networks.noise_prediction import class_count, sample_labels
 from hsivi_cli.targets.network_files import image_shape
 
@@ -77,7 +77,8 @@ class HSIVIPipeline(DiffusionPipeline):
         if scheduler.nfe is None:
             return
         fields = chain_fields(scheduler.config["grid"], scheduler.config["eta"], scheduler.schedule)
-        write_json(Path(save_directory) / DESCRIPTION, fields)
+        write_json(Path(save_directory) / DESCRIPTION, fields | {"chain_sha256": chain_sha256(fields)})
+        (Path(save_directory) / SUMS).unlink(missing_ok=True)  # of a student that was here before
         save_file({"log_gamma": scheduler.log_gamma}, Path(save_directory) / LOG_GAMMA)
 
     @torch.no_grad()

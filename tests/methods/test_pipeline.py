@@ -130,6 +130,10 @@ def test_a_saved_pipeline_is_a_student_too(tiny_student, tmp_path):
     opened(tiny_student).save_pretrained(tmp_path / "again")
     assert load_student(tmp_path / "again").sha256 == student_sha256(tiny_student)
     assert np.array_equal(cli_images(tmp_path / "again", 2, 0, 2), cli_images(tiny_student, 2, 0, 2))
+    over = tmp_path / "over"  # another student's directory, with its checksums
+    save_student(load_student(asset("mnist/nfe3")), over)
+    opened(tiny_student).save_pretrained(over)
+    assert load_student(over).sha256 == student_sha256(tiny_student)
     written = json.loads((tmp_path / "again" / "model_index.json").read_text())
     ours = json.loads((tiny_student / "model_index.json").read_text())
     assert {k: v for k, v in written.items() if k != "_name_or_path"} == ours
