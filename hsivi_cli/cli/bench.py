@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hsivi_cli.methods.benchmark import Case, Row
+    from hsivi_cli.methods.benchmark_same import SameImages, SameLosses
 
-WHAT = ("sample", "distill", "kernels")
+WHAT = ("sample", "distill", "kernels", "same")
 
 
 def bench(
@@ -21,7 +22,13 @@ def bench(
         Path | None, typer.Argument(help="Student or run directory. Default: the shipped student.")
     ] = None,
     nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
-    what: Annotated[str, typer.Option("--what", help="sample, distill, kernels; several with commas.")] = "sample",
+    what: Annotated[
+        str,
+        typer.Option(
+            "--what",
+            help="sample, distill, kernels; same: what kernels must not change. Several with commas.",
+        ),
+    ] = "sample",
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes, as 1,64,256.")] = "1,64",
     precision: Annotated[str, typer.Option("--precision", help="fp32, bf16, fp16, or several with commas.")] = "fp32",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; each side is timed once a round.")] = 10,
@@ -34,6 +41,11 @@ def bench(
     check: Annotated[
         bool, typer.Option("--check", help="First check every kernel against its reference; exit code 3 if one is off.")
     ] = False,
+    images: Annotated[int, typer.Option("--images", min=2, help="Images that --what same draws both ways.")] = 1000,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that --what same distils both ways.")] = 100,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="--what same: also the FID against this (see hsivi evaluate).")
+    ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the times, as a PNG.")] = None,
     device: options.Device = "auto",
     threads: options.Threads = 0,
@@ -43,14 +55,16 @@ def bench(
     """Time sampling, distillation and kernels: ours, plain torch, torch.compile and diffusers' pipeline.
 
     The sides take turns in one run; the table says which is faster. The whole list for a GPU:
-    `hsivi bench --cifar --check --what sample,distill,kernels --batch 1,64,256 --precision bf16 --compile
-    default,reduce-overhead --json`.
+    `hsivi bench --cifar --check --what same,sample,distill,kernels --batch 1,64,256 --precision bf16 --compile
+    reduce-overhead,max-autotune --json`.
     """
     import torch
 
     from hsivi_cli.errors import GateError
+    from hsivi_cli.evaluation.reference import fid_against
     from hsivi_cli.methods import benchmark
     from hsivi_cli.methods.benchmark_kernels import check_kernels, kernel_cases
+    from hsivi_cli.methods.benchmark_same import same_images, same_losses
     from hsivi_cli.methods.sampling import DEFAULT_NFE
     from hsivi_cli.methods.student import load_student, select_student
 
@@ -69,6 +83,7 @@ def bench(
     accuracy = check_kernels(place) if check else []
     machine = benchmark.measure_machine(place, precisions)
     rows: list[Row] = []
+    same: list[SameImages | SameLosses] = []
     for size in batches:
         for kind in precisions:
             for item in wanted:
@@ -77,7 +92,12 @@ def bench(
                 if item == "sample":
                     cases = [benchmark.sample_case(model, size, kind, modes)]
                 elif item == "distill":
-                    cases = [benchmark.distill_case(model, size, kind)]
+                    cases = [benchmark.distill_case(model, size, kind, modes)]
+                elif item == "same":
+                    fid = fid_against(reference, (*model.shape[1:], model.shape[0]), str(place)) if reference else None
+                    same.append(same_images(model, images, size, kind, fid))
+                    same.append(same_losses(model, steps, size, kind))
+                    continue
                 else:
                     cases = kernel_cases(place, size, kind, bool(modes))
                 for case in cases:
@@ -88,12 +108,28 @@ def bench(
     if as_json:
         payload: dict[str, Any] = {"machine": dataclasses.asdict(machine), "torch": torch.__version__}
         payload |= {"threads": torch.get_num_threads(), "rows": [dataclasses.asdict(row) for row in rows]}
+        payload |= {"same": [dataclasses.asdict(found) for found in same]}
         console.result_json(payload | {"accuracy": [dataclasses.asdict(a) for a in accuracy]})
     else:
-        _print(rows)
+        if rows:
+            _print(rows)
+        if same:
+            _print_same(same)
     if off:
         worst = max(off, key=lambda a: a.error / a.bound)
         raise GateError(f"{len(off)} kernel results are off, the worst: {worst.kernel} by {worst.error:.1e}")
+
+
+def _print_same(same: "list[SameImages | SameLosses]") -> None:
+    table = []
+    for found in same:
+        fields = dataclasses.asdict(found)
+        kernels = "triton" if fields.pop("with_kernels") == "triton" else "torch references"
+        precision = fields.pop("precision")
+        differences = fields.pop("max_relative_difference", {}).items()
+        fields |= {f"{name}, relative difference at most": f"{value:.1e}" for name, value in differences}
+        table += [(kernels, precision, name.replace("_", " "), str(v)) for name, v in fields.items() if v is not None]
+    console.result_table("With and without kernels", table, ("kernels", "precision", "what", "value"))
 
 
 def _print(rows: "list[Row]") -> None:

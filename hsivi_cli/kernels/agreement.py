@@ -53,7 +53,8 @@ def _layers(device: torch.device, side: Kernels) -> list[Tensor]:
     eps, f, e, log_gamma = (v.requires_grad_() for v in (eps, f, e, log_gamma))
     zeta = Draw(make_streams(2**40 + 7, [3, 2**33], device), 5)
     numbers = ([1.1, 0.9], [-0.2, -0.3], [0.1, 0.2], [0.3, 0.0], [0.5, 0.8])
-    rows = ComparisonRows(*(torch.tensor(v, dtype=torch.float64) for v in numbers), torch.zeros(2, dtype=torch.int64))
+    x_part, eps_part, noise, added, scale = (torch.tensor(v, dtype=torch.float64) for v in numbers)
+    rows = ComparisonRows(x_part, eps_part, noise, added, scale, torch.zeros(2, dtype=torch.int64))
     with torch.no_grad():
         step = hsivi_step(x, eps, 1.02, -0.3, 0.2, log_gamma, zeta.streams, 2, side)
     y = compare(x, eps, log_gamma, rows, zeta, side)

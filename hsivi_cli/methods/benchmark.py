@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
@@ -19,7 +19,9 @@ from hsivi_cli.engine.timing import Timing, copy_bandwidth, matmul_rate, time_si
 from hsivi_cli.io.files import atomic_file
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.methods import hsivi_sm
+from hsivi_cli.methods.graphed import GraphedChain, graphable
 from hsivi_cli.methods.student import Student, sample_student, walk_chain
+from hsivi_cli.networks.noise_prediction import predict_eps, sample_labels
 from hsivi_cli.targets.score_net import ScoreNet
 
 OURS, EAGER, PIPELINE = "hsivi", "eager", "diffusers DDIMPipeline"
@@ -111,16 +113,18 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
     pipeline = DDIMPipeline(student.unet, DDIMScheduler.from_config(student.schedule.config))
     pipeline.set_progress_bar_config(disable=True)
 
+    labels = sample_labels(student.classes, range(batch), student.label, device)
+
     def noise(i: int) -> PhiloxStreams:
         return PhiloxStreams(i, range(batch), device)
 
-    def loop(network: Callable[..., Any], i: int) -> Tensor:
+    def loop(network: nn.Module, i: int) -> Tensor:
         draws = noise(i)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             with autocast(precision, device):
-                return network(x, t).sample.float()
+                return predict_eps(network, x, t, student.schedule, labels)
 
         return walk_chain(eps, student.log_gamma, student.layers, lambda: draws.draw(student.shape))
 
@@ -137,11 +141,9 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
         PIPELINE: run_pipeline,
     }
     for mode in compile_modes:
-        compiled = torch.compile(copy.deepcopy(student.unet), mode=mode, dynamic=False)
+        compiled: Any = torch.compile(copy.deepcopy(student.unet), mode=mode, dynamic=False)
         sides[f"compile ({mode})"] = functools.partial(loop, compiled)
-    if device.type == "cuda":
-        from hsivi_cli.methods.graphed import GraphedChain
-
+    if device.type == "cuda" and graphable(student):
         for name, channels_last in {"graph": False, "graph, channels_last": True}.items():
             chain = GraphedChain(student, batch, precision, channels_last)
             sides[f"{OURS} ({name})"] = functools.partial(replay, chain)
@@ -151,19 +153,47 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
     return Case(f"sample, NFE {student.nfe}", batch, precision, sides, flops=student.nfe * counter.get_total_flops())
 
 
-def distill_case(student: Student, batch: int, precision: Precision) -> Case:
-    """One distillation step (rollout, five critic steps, a student step), with and without kernels."""
+class Kept(nn.Module):
+    """A network compiled in some mode, its outputs kept: with CUDA graphs the next call would overwrite them."""
+
+    def __init__(self, network: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.network = network
+        self.compiled = torch.compile(network, mode=mode, dynamic=False)
+
+    @property
+    def config(self) -> Any:
+        """The network's own."""
+        return self.network.config
+
+    def forward(self, *given: Any, **more: Any) -> Tensor:
+        """The noise it predicts."""
+        out: Tensor = self.compiled(*given, **more).sample
+        return out.clone()
+
+
+def distill_case(student: Student, batch: int, precision: Precision, compile_modes: tuple[str, ...] = ()) -> Case:
+    """One distillation step (rollout, five critic steps, a student step): ours, eager, and with compiled networks."""
     device = next(student.unet.parameters()).device
 
-    def step(kernels: Kernels) -> Callable[[int], Any]:
+    def step(kernels: Kernels, mode: str | None = None) -> Callable[[int], Any]:
         teacher = ScoreNet(copy.deepcopy(student.unet), student.schedule, Path(), "")
         config = hsivi_sm.DistillConfig(
             student.grid, steps=10**6, batch=batch, precision=precision, device=str(device), kernels=kernels
         )
         state = hsivi_sm.init(teacher, config)
-        return lambda i: hsivi_sm.step(state, None, generator(0, Stream.TRAIN, i))
+        if mode is not None:
+            state.student, state.critic = Kept(state.student, mode), Kept(state.critic, mode)
+            state.ema_student = Kept(state.ema_student, mode)  # never called: its parameters pair with the student's
+            state.teacher = dataclasses.replace(teacher, unet=Kept(teacher.unet, mode))
 
-    sides = {EAGER: step("torch")}
+        def run(i: int) -> dict[str, float]:
+            torch.compiler.cudagraph_mark_step_begin()
+            return hsivi_sm.step(state, None, generator(0, Stream.TRAIN, i))
+
+        return run
+
+    sides = {EAGER: step("torch")} | {f"compile ({mode})": step("torch", mode) for mode in compile_modes}
     if triton_can_run(student.log_gamma):
         sides = {OURS: step("triton")} | sides
     return Case(f"distillation step, NFE {student.nfe}", batch, precision, sides)

@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hsivi_cli.bridges.schedule import make_grid, schedule_from_config
 from hsivi_cli.engine.optimisation import Precision
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.kernels.choice import triton_can_run
+from hsivi_cli.kernels.comparison import ComparisonRows, compare, compare_reference, comparison_target
+from hsivi_cli.kernels.critic_loss import critic_reference, critic_sums
 from hsivi_cli.kernels.group_norm_silu import composite, group_norm_silu
 from hsivi_cli.kernels.hsivi_step import hsivi_step, step_reference
-from hsivi_cli.kernels.philox import normals, normals_triton
-from hsivi_cli.methods.benchmark import DTYPES, EAGER, OURS, Case
+from hsivi_cli.kernels.philox import Draw, normals, normals_triton
+from hsivi_cli.kernels.samples import per_sample
+from hsivi_cli.kernels.student_loss import fisher_reference, student_sums, surrogate_reference
+from hsivi_cli.methods.benchmark import DTYPES, EAGER, LINEAR, OURS, Case
+from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coefficients
 
 CIFAR = (128, 32, 32)  # an activation of the CIFAR-10 DDPM UNet's first level, the largest it has
 GROUPS, EPS = 32, 1e-6
@@ -21,6 +27,7 @@ CACHE = 2**28  # on a GPU the rotating inputs fill this much, so that none is le
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 Side = Callable[[int], Any]
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,80 @@ def kernel_cases(
     sides: dict[str, Side] = {EAGER: lambda i: step_reference(images[i % count][0], images[i % count][1], **step)}
     if triton_can_run(streams):
         sides = {OURS: lambda i: hsivi_step(images[i % count][0], images[i % count][1], **step)} | sides
-    yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * images[0][0].numel() * 4, inner=inner)
+    nbytes = images[0][0].numel() * 4
+    yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * nbytes, inner=inner)
+    for name, (passes, sides) in loss_sides(device, batch, (3, *shape[1:]), count, compiled).items():
+        yield Case(name, batch, "fp32", sides, passes * nbytes, inner=inner)
+
+
+def loss_sides(
+    device: torch.device, batch: int, shape: tuple[int, int, int], count: int, compiled: bool
+) -> dict[str, tuple[int, dict[str, Side]]]:
+    """The comparison and each loss, forward and backward, with their noise: images they must move, and the sides.
+
+    Eager torch and the compiler draw by `torch.randn` once and keep it for the loss: what one would write without us.
+    """
+    schedule = schedule_from_config(LINEAR)
+    layers = layer_coefficients(make_grid("quad", 10, schedule), 0.2, schedule)
+    k = torch.arange(batch) % 10 + 1
+    rows = comparison_rows(k, (layers.times[k - 1] + 900) // 2, layers, schedule)
+    rows = ComparisonRows(*(v.to(device) for v in vars(rows).values()))
+    zeta = Draw(PhiloxStreams(0, range(batch), device).streams, 1)
+    log_gamma = torch.zeros(shape, device=device, requires_grad=True)
+    images = [torch.randn(3, batch, *shape, device=device).unbind() for _ in range(count)]
+    images = [tuple(v.requires_grad_() for v in lot) for lot in images]
+
+    def target(noise: Tensor) -> tuple[Tensor, Tensor]:
+        return comparison_target(log_gamma, rows, noise), per_sample(rows.noise_scale, noise)
+
+    def eager_critic(f: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return critic_reference(f, *(v.detach() for v in target(torch.randn_like(f))))
+
+    def eager_fisher(f: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return fisher_reference(f, e, *target(torch.randn_like(f)))
+
+    def eager_surrogate(f: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        return surrogate_reference(f, e, y, per_sample(rows.noise_scale, y))
+
+    # passes over an image: the comparison reads x, eps and writes y', its backward reads dy and writes d eps and rows
+    # of d log_gamma; a loss reads its inputs once more in the backward
+    cases: dict[str, tuple[int, Function, Function, tuple[int, ...]]] = {
+        "comparison point": (
+            6,
+            lambda x, eps, _: compare(x.detach(), eps, log_gamma, rows, zeta),
+            lambda x, eps, _: compare_reference(x.detach(), eps, log_gamma, rows, torch.randn_like(x)),
+            (1,),
+        ),
+        "critic loss": (3, lambda f, e, y: critic_sums(f, log_gamma, rows, zeta), eager_critic, (0,)),
+        "Fisher divergence": (
+            7,
+            lambda f, e, y: student_sums("fisher", f, e, y, log_gamma, rows, zeta).loss,
+            eager_fisher,
+            (0, 1),
+        ),
+        "reverse KL": (
+            6,
+            lambda f, e, y: student_sums("reverse-kl", f, e, y, log_gamma, rows, zeta).loss,
+            eager_surrogate,
+            (2,),
+        ),
+    }
+
+    def both(function: Function, wanted: tuple[int, ...]) -> Side:
+        def run(i: int) -> Any:
+            given = images[i % count]
+            return torch.autograd.grad(function(*given).sum(), [given[j] for j in wanted])
+
+        return run
+
+    found = {}
+    for name, (passes, ours, eager, wanted) in cases.items():
+        functions = {OURS: ours} if triton_can_run(log_gamma) else {}
+        functions[EAGER] = eager
+        if compiled:
+            functions["compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
+        found[f"{name}, forward and backward"] = (passes, {n: both(f, wanted) for n, f in functions.items()})
+    return found
 
 
 def norm_sides(
@@ -107,7 +187,35 @@ def check_kernels(device: torch.device) -> list[Accuracy]:
     x, eps, gamma = (torch.randn(3, 3, 33, 31, generator=generator) for _ in range(3))
     got = hsivi_step(x.to(device), eps.to(device), 1.02, -0.3, 0.2, gamma[0].to(device), streams, 2, "triton")
     wanted = step_reference(x.double(), eps.double(), 1.02, -0.3, 0.2, gamma[0], streams.cpu(), 2)
-    return [*found, Accuracy("HSIVI step", error(got, wanted), 1e-6)]
+    return [*found, Accuracy("HSIVI step", error(got, wanted), 1e-6), *check_losses(device)]
+
+
+def check_losses(device: torch.device) -> list[Accuracy]:
+    """Comparison point, losses and gradients against float64."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, 3, 33, 31, generator=generator) for _ in range(5)]
+    given = [*images, 0.3 * torch.randn(3, 33, 31, generator=generator)]
+    schedule = schedule_from_config(LINEAR)
+    layers = layer_coefficients(make_grid("quad", 10, schedule), 0.2, schedule)
+    rows = comparison_rows(torch.tensor([1, 5, 10]), torch.tensor([20, 400, 800]), layers, schedule)
+    results = []
+    for place, kind in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+        zeta = Draw(PhiloxStreams(2**40 + 1, [0, 7, 2**35], place).streams, 3)
+        x, eps, f, e, y, gamma = (v.to(place, kind).requires_grad_() for v in given)
+        point = compare(x, eps, gamma, rows, zeta)
+        outputs: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {"comparison point": (point.square(), (x, eps, gamma))}
+        outputs["critic loss"] = (critic_sums(f, gamma, rows, zeta), (f,))
+        outputs["Fisher divergence"] = (student_sums("fisher", f, e, y, gamma, rows, zeta).loss, (f, e, gamma))
+        outputs["reverse KL"] = (student_sums("reverse-kl", f, e, y, gamma, rows, zeta).loss, (y,))
+        found = {}
+        for name, (out, leaves) in outputs.items():
+            found[name] = out.detach()
+            for number, gradient in enumerate(torch.autograd.grad(out.sum(), leaves)):
+                found[f"{name}, gradient {number}"] = gradient
+        results.append(found)
+    ours, wanted = results
+    # sums of both signs lose a digit to cancelling
+    return [Accuracy(name, error(ours[name], wanted[name]), 5e-6) for name in wanted]
 
 
 def check_norm(label: str, given: list[Tensor], bound: float) -> list[Accuracy]:

@@ -5,8 +5,11 @@ import torch
 
 from hsivi_cli.cli.app import main
 from hsivi_cli.engine.timing import Timing
+from hsivi_cli.kernels import convert
+from hsivi_cli.methods import benchmark_same
 from hsivi_cli.methods.benchmark import EAGER, OURS, PIPELINE, Machine, Row, relative_to_best, run_case
 from hsivi_cli.methods.benchmark_kernels import kernel_cases
+from hsivi_cli.methods.student import load_student
 
 
 def test_sampling_beside_its_peers(tiny_student, tmp_path, capsys):
@@ -32,7 +35,9 @@ def test_table_names_the_fastest(tiny_student, capsys):
 def test_kernels_count_their_bytes():
     machine = Machine("cpu", 1e9, {"fp32": 1e9})
     cases = list(kernel_cases(torch.device("cpu"), 2, "fp32", False, (8, 4, 4)))
-    assert [case.bytes for case in cases] == [2 * 1024, 5 * 1024, 2 * 1024, 5 * 1024, 3 * 2 * 3 * 16 * 4]
+    image = 2 * 3 * 16 * 4
+    norms, losses = [2 * 1024, 5 * 1024] * 2, [passes * image for passes in (3, 6, 3, 7, 6)]
+    assert [case.bytes for case in cases] == norms + losses
     for case in cases:
         (row,) = run_case(case, machine, 1, torch.device("cpu"))
         assert row.bandwidth_share == pytest.approx(case.bytes / row.timing.median / 1e9)
@@ -48,3 +53,24 @@ def test_bad_usage(tiny_student, capsys):
     for argv, says in [(["--what", "speed"], "choose from"), (["--check"], "Triton's"), (["--batch", "x"], "--batch")]:
         assert main(["bench", str(tiny_student), "--device", "cpu", *argv]) == 2
         assert says.replace("Triton's", "--kernels triton") in capsys.readouterr().err
+
+
+def test_same_images_and_losses(tiny_student, capsys):
+    argv = ["bench", str(tiny_student), "--what", "same", "--batch", "3", "--images", "7", "--steps", "2"]
+    assert main([*argv, "--device", "cpu", "--json"]) == 0
+    images, losses = json.loads(capsys.readouterr().out)["same"]
+    assert (images["n"], images["with_kernels"], images["fid_with"]) == (7, "torch", None)
+    assert images["max_difference"] <= 1
+    assert losses["steps"] == 2
+    assert set(losses["max_relative_difference"]) == {"critic_loss", "student_loss", "fisher", "critic_gap"}
+    assert max(losses["max_relative_difference"].values()) < 0.05
+    assert main([*argv, "--device", "cpu"]) == 0
+    assert "max difference" in capsys.readouterr().out
+
+
+def test_negative_control_other_images_and_losses_are_seen(tiny_student, monkeypatch):
+    student = load_student(tiny_student)
+    norm = convert.group_norm_silu
+    monkeypatch.setattr(convert, "group_norm_silu", lambda *a, **k: 1.01 * norm(*a, **k))
+    assert benchmark_same.same_images(student, 4, 4, "fp32", lambda lot: float(lot.mean())).max_difference > 1
+    assert benchmark_same.same_losses(student, 2, 4, "fp32").max_relative_difference["critic_loss"] > 1e-4

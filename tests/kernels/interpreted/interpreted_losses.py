@@ -9,6 +9,7 @@ from hsivi_cli.kernels.comparison import compare, compare_reference, comparison_
 from hsivi_cli.kernels.critic_loss import critic_reference, critic_sums
 from hsivi_cli.kernels.philox import Draw, make_streams
 from hsivi_cli.kernels.student_loss import fisher_reference, gap_reference, student_sums, surrogate_reference
+from hsivi_cli.methods import benchmark_kernels
 from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coefficients
 
 SCHEDULE = schedule_from_config({})
@@ -273,3 +274,11 @@ def test_kernels_run_where_they_can_and_not_elsewhere(monkeypatch):
     assert not calls
     use("auto")
     assert calls == [name for _, name in functions]
+
+
+def test_what_bench_checks_is_within_its_bounds():
+    found = benchmark_kernels.check_losses(torch.device("cpu"))
+    assert len(found) == 12
+    for accuracy in found:
+        assert accuracy.error < accuracy.bound, accuracy
+    assert max(accuracy.error for accuracy in found) > 0  # or no kernel ran
