@@ -121,6 +121,8 @@ def distill(
     if out is None and not dry_run:
         raise InputError("--out is missing: name a run directory to write, or use --dry-run")
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
+    # a JSON says how to read the teacher's file; its students are saved as networks that need none
+    code = None if network and network.endswith(".json") else network
     with console.guarded_stdout():  # of a user's own file
         teacher = load_score_net(score_net, device, about)
     for note in teacher.notes:
@@ -149,7 +151,7 @@ def distill(
     with_kernels = options.resolve_kernels("torch" if compiled else kernels, device)
     how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
-    donor = load_student(init_from, device, network) if init_from else None
+    donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
@@ -170,7 +172,7 @@ def distill(
             console.story(f"NFE {k}: {config.objective}, grid {' '.join(map(str, config.grid))}, {steps} student steps")
             events = distillation.training_directory(out, k) if tensorboard and processes.is_main() else None
             with console.guarded_stdout(), follow(f"NFE {k}", steps, events) as follower:
-                distillation.distill(teacher, config, out, _followed(outputs, follower), start, network)
+                distillation.distill(teacher, config, out, _followed(outputs, follower), start, code)
             start = distillation.student_directory(out, k) if warm_start else init_from
     if as_json:
         console.result_json({"run": str(out), "students": [str(distillation.student_directory(out, k)) for k in nfes]})

@@ -51,6 +51,7 @@ class EDMUNet(ModelMixin, ConfigMixin):
         model_type: str = SONG,
         sample_size: int = 32,
         in_channels: int = 3,
+        out_channels: int | None = None,
         num_class_embeds: int | None = None,
         sigma_data: float = 0.5,
         model_channels: int = 128,
@@ -70,7 +71,9 @@ class EDMUNet(ModelMixin, ConfigMixin):
         super().__init__()
         if model_type not in (SONG, DHARIWAL):
             raise ValueError(f"model_type {model_type!r} is neither {SONG} nor {DHARIWAL}")
-        self.register_to_config(out_channels=in_channels)
+        if out_channels not in (None, in_channels):
+            raise ValueError(f"out_channels {out_channels} must be in_channels {in_channels}, or left out")
+        self.register_to_config(out_channels=in_channels)  # said, for those who read the configuration
         self.song = model_type == SONG
         embedding = model_channels * channel_mult_emb
         noise = model_channels * (channel_mult_noise if self.song else 1)

@@ -25,6 +25,15 @@ def test_called_like_a_unet_of_diffusers(network):
     assert (network.config["in_channels"], network.config["out_channels"], network.config["sample_size"]) == (1, 1, 8)
 
 
+def test_its_own_configuration_builds_it_again(network):
+    fields = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    again = EDMUNet(**fields)
+    again.load_state_dict(network.state_dict())
+    assert dict(again.config)["schedule"] is None
+    with pytest.raises(ValueError, match="out_channels 2 must be in_channels 1"):
+        EDMUNet(**TINY, out_channels=2)
+
+
 def test_labels_are_asked_for_unless_it_was_trained_without_them(network):
     x = torch.randn(2, 1, 8, 8)
     with pytest.raises(ValueError, match="class_labels should be provided"):

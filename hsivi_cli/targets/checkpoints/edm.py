@@ -68,7 +68,7 @@ def convert(tensors: Mapping[str, Tensor], fields: Fields, path: Path, shape: tu
         if not name.endswith("resample_filter") and not name.startswith("map_augment.")
     }
     network = build_network(EDMUNet, {**config, "schedule": schedule}, used, path)
-    notes = ["EDM's noise levels were mapped onto 1000 linear betas, sigma = sqrt(1 / abar - 1): 0.01 to 157."]
+    notes = ["EDM's noise levels are mapped onto the schedule: sigma = sqrt(1 / abar - 1), 0.01 to 157 by default."]
     if "precond" not in fields:
         notes.append("Taken for EDMPrecond; an older VPPrecond or VEPrecond network would give wrong images.")
     return Converted(network, "epsilon", schedule, tuple(notes), config["num_class_embeds"] or 0)
