@@ -232,7 +232,8 @@ def _told(kind: str) -> Iterator[None]:
         raise
     except Exception as err:  # whatever the tracers raise
         reason = " ".join(str(err).split())[:200]
-        other = "torchscript" if kind == "torch-export" else "safetensors"
+        other = "torchscript" if kind == "torch-export" else "torch-export"
         raise RunError(
-            f"this network cannot be exported as {kind} ({type(err).__name__}: {reason}): try --format {other}"
+            f"this network cannot be exported as {kind}: try --format {other} or safetensors "
+            f"({type(err).__name__}: {reason})"
         ) from err

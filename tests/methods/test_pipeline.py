@@ -13,6 +13,8 @@ from hsivi_cli import HSIVIPipeline, HSIVIScheduler
 from hsivi_cli.io.files import asset
 from hsivi_cli.methods.sampling import draw_images, student_sampler
 from hsivi_cli.methods.student import Student, load_student, save_student, student_sha256
+from hsivi_cli.networks.edm_unet import EDMUNet
+from hsivi_cli.networks.multihead_unet import MultiheadUNet
 from hsivi_cli.targets.score_net import load_score_net
 from hsivi_cli.targets.user_network import build_user_network
 
@@ -181,6 +183,28 @@ def test_what_the_network_predicts_is_told_by_the_directory(make_teacher, tmp_pa
     assert np.array_equal(
         pixels(opened(tmp_path / "s")(batch_size=3, seed=1).images), cli_images(tmp_path / "s", 3, 1, 3)
     )
+
+
+@pytest.mark.parametrize("kind", [EDMUNet, MultiheadUNet])
+def test_networks_that_diffusers_has_not(tmp_path, kind):
+    """diffusers finds their modules through us, by the name in model_index.json."""
+    fields = {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1}
+    if kind is MultiheadUNet:
+        blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+        fields = {
+            "out_channels": 1,
+            "block_out_channels": (32,),
+            "layers_per_block": 1,
+            "attention_head_dim": [8],
+        } | blocks
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = kind(**{"sample_size": 8, "in_channels": 1} | fields).eval()
+    student = Student(network, torch.tensor(0.0), (0, 200, 800), 0.5, HSIVIScheduler().schedule, {})
+    save_student(student, tmp_path / "s")
+    pipe = opened(tmp_path / "s")
+    assert type(pipe.unet) is kind
+    assert np.array_equal(pixels(pipe(batch_size=2, seed=0).images), cli_images(tmp_path / "s", 2, 0, 2))
 
 
 def test_a_network_of_the_users_own(tmp_path):
