@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,3 +176,23 @@ def test_what_fails_in_the_first_alone_is_told_once(tmp_path):
     (code, _, err), other = in_processes(2, full_disk, *TRAIN, "--out", tmp_path / "run")
     assert (code, other) == (1, (1, "", ""))
     assert "the disk is full" in err.splitlines()[-1]
+
+
+def test_under_torchrun(tiny_student, tmp_path):
+    """As a user starts it, with the launcher's own environment and fresh imports."""
+    argv = ["sample", str(tiny_student), "-n", "3", "--batch-size", "2", "--device", "cpu", "--out"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hsivi_cli",
+    ]
+    done = subprocess.run([*launcher, *argv, tmp_path / "a.npy"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'a.npy'}\n"), done.stderr
+    assert "3 images with HSIVI student, NFE 3, seed 0, on 2 processes" in done.stderr
+    assert command(*argv, tmp_path / "b.npy")[0] == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()

@@ -63,6 +63,12 @@ def test_distillation(tiny_teacher, count, settings):
     same(several[0], one)
 
 
+def test_distillation_of_a_network_with_classes(make_teacher):
+    teacher = make_teacher(num_class_embeds=3)
+    one = distilled(teacher, {})
+    same(in_processes(2, distilled, teacher, {"accumulate": 2})[1], one)
+
+
 def test_training():
     settings = {"warmup": 2, "flip": True, "ema": 0.5}
     several = in_processes(2, trained, settings | {"accumulate": 2})
