@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class MultiheadUNet(UNet2DModel):
-    """A `UNet2DModel`, called and saved as one, with the same names of weights.
+    """A `UNet2DModel`, called and saved as one, with its arguments and the same names of weights.
 
     `attention_head_dim` lists the width of a head for each level; being a list, it makes plain
     `UNet2DModel.from_pretrained` fail instead of computing something else. `up_attention_head_dim` is the list for the
@@ -29,26 +29,39 @@ class MultiheadUNet(UNet2DModel):
         sample_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
         out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
         freq_shift: int = 0,
         flip_sin_to_cos: bool = True,
         down_block_types: tuple[str, ...] = ("DownBlock2D",),
+        mid_block_type: str | None = "UNetMidBlock2D",
         up_block_types: tuple[str, ...] = ("UpBlock2D",),
         block_out_channels: tuple[int, ...] = (32,),
         layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
         downsample_padding: int = 1,
         downsample_type: str = "conv",
         upsample_type: str = "conv",
         dropout: float = 0.0,
+        act_fn: str = "silu",
         attention_head_dim: Sequence[int] = (8,),
-        up_attention_head_dim: Sequence[int] | None = None,
         norm_num_groups: int = 32,
-        attn_norm_num_groups: int | None = 32,
+        attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+        up_attention_head_dim: Sequence[int] | None = None,
         timestep_scale: float = 1.0,
         timestep_channels: int | None = None,
     ) -> None:
+        if time_embedding_type != "positional":
+            raise ValueError(f"time_embedding_type {time_embedding_type!r} must be 'positional'")
+        if timestep_channels is not None:
+            time_embedding_dim = 4 * timestep_channels
         own: dict[str, Any] = {
             "attention_head_dim": list(attention_head_dim),
             "up_attention_head_dim": None if up_attention_head_dim is None else list(up_attention_head_dim),
@@ -57,23 +70,31 @@ class MultiheadUNet(UNet2DModel):
             sample_size=sample_size,
             in_channels=in_channels,
             out_channels=out_channels,
+            center_input_sample=center_input_sample,
+            time_embedding_type=time_embedding_type,
+            time_embedding_dim=time_embedding_dim,
             freq_shift=freq_shift,
             flip_sin_to_cos=flip_sin_to_cos,
             down_block_types=tuple(down_block_types),
+            mid_block_type=mid_block_type,
             up_block_types=tuple(up_block_types),
             block_out_channels=tuple(block_out_channels),
             layers_per_block=layers_per_block,
+            mid_block_scale_factor=mid_block_scale_factor,
             downsample_padding=downsample_padding,
             downsample_type=downsample_type,
             upsample_type=upsample_type,
             dropout=dropout,
+            act_fn=act_fn,
             attention_head_dim=None,  # one head as wide as its level; split below
             norm_num_groups=norm_num_groups,
             attn_norm_num_groups=attn_norm_num_groups,
             norm_eps=norm_eps,
             resnet_time_scale_shift=resnet_time_scale_shift,
+            add_attention=add_attention,
+            class_embed_type=class_embed_type,
             num_class_embeds=num_class_embeds,
-            time_embedding_dim=4 * timestep_channels if timestep_channels is not None else None,
+            num_train_timesteps=num_train_timesteps,
         )
         self.register_to_config(**own)  # the constructor above wrote its own over it
         down, up = own["attention_head_dim"], own["up_attention_head_dim"] or own["attention_head_dim"]
@@ -87,7 +108,7 @@ class MultiheadUNet(UNet2DModel):
         self.time_proj = ScaledTimesteps(channels, flip_sin_to_cos, freq_shift)
         self.time_proj.factor = timestep_scale
         if timestep_channels is not None:
-            self.time_embedding = TimestepEmbedding(channels, 4 * channels)
+            self.time_embedding = TimestepEmbedding(channels, 4 * channels, act_fn)
 
 
 class ScaledTimesteps(Timesteps):
@@ -101,8 +122,8 @@ class ScaledTimesteps(Timesteps):
         return out
 
 
-def _split_heads(block: nn.Module, width: int) -> None:
-    for module in block.modules():
+def _split_heads(block: nn.Module | None, width: int) -> None:
+    for module in block.modules() if block is not None else ():
         if isinstance(module, Attention):
             if width < 1 or module.inner_dim % width:
                 raise ValueError(f"attention_head_dim {width} does not divide {module.inner_dim} channels")

@@ -1,5 +1,7 @@
 """UNets with heads and time steps of their own: what they share with UNet2DModel, and where they differ."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -57,6 +59,8 @@ def test_its_configuration_comes_back(tmp_path):
     again = MultiheadUNet.from_pretrained(tmp_path).eval()
     assert difference(ours, again) == 0
     assert again.config["attention_head_dim"] == [8, 16]
+    assert set(inspect.signature(UNet2DModel).parameters) < set(inspect.signature(MultiheadUNet).parameters)
+    assert difference(ours, MultiheadUNet.from_config(ours.config).eval(), 5) > 0  # other weights, but nothing unknown
     with pytest.raises(TypeError):
         UNet2DModel.from_pretrained(tmp_path)
 
