@@ -6,6 +6,7 @@ names too once they are imported, before us or after; nothing is imported for it
 """
 
 import sys
+import threading
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -52,17 +53,17 @@ class _Finder(MetaPathFinder):
     """Finds diffusers as everyone else would, and extends it once it has been executed."""
 
     def __init__(self) -> None:
-        self._searching = False
+        self._in_search = threading.local()  # one import must not hide another thread's
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec of one of MODULES, with a loader that tells it our names; None for every other module."""
-        if name not in MODULES or self._searching:
+        if name not in MODULES or getattr(self._in_search, "now", False):
             return None
-        self._searching = True
+        self._in_search.now = True
         try:
             spec = find_spec(name)
         finally:
-            self._searching = False
+            self._in_search.now = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

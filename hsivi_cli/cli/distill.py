@@ -143,12 +143,12 @@ def distill(
         "clip": clip,
         "ema": ema,
         "log_gamma": options.check_choice("--log-gamma", log_gamma, ("map", "layer", "scalar")),
-        "precision": options.check_precision(precision),
+        "precision": options.check_precision(precision, device),
         "seed": seed,
     }
     grids = {k: make_grid(times, k, teacher.schedule) for k in nfes}
-    # how it is computed, which a run may change when it is resumed; torch compiles its own kernels, and not ours
-    with_kernels = options.resolve_kernels("torch" if compiled else kernels, device)
+    # how it is computed, which a run may change when it is resumed
+    with_kernels = options.resolve_kernels(kernels, device, compiled)
     how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
     donor = load_student(init_from, device, code) if init_from else None

@@ -101,7 +101,7 @@ def evaluate(
         raise InputError("--max-fid nan would let everything pass: name a number")
     device = options.resolve_device(device, threads)
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
-    solving["precision"] = options.check_precision(precision)
+    solving["precision"] = options.check_precision(precision, device)
     solving |= {
         "label": label,
         "compiled": compiled,

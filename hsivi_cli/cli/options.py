@@ -140,9 +140,11 @@ def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def check_precision(value: str) -> Literal["fp32", "bf16", "fp16"]:
+def check_precision(value: str, device: str = "") -> Literal["fp32", "bf16", "fp16"]:
     """Return a precision, of which Accelerate calls the first one `no`, or raise InputError."""
     precision: Any = "fp32" if value == "no" else check_choice("--precision", value, ("fp32", "bf16", "fp16"))
+    if precision == "fp16" and device == "cpu":
+        console.warn("--precision fp16 is slow on a CPU: bf16 is as small, and made for it")
     return precision
 
 
@@ -181,7 +183,7 @@ def network_options(
     return NetworkOptions(network, (sides[0], sides[1], sides[2]) if sides else None, fields)
 
 
-def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
+def resolve_kernels(value: str, device: str, compiled: bool = False) -> Literal["triton", "torch"]:
     """Turn `auto` into what runs on this device and agrees with torch there, a moment's check.
 
     Raises InputError for `triton` where it cannot run.
@@ -191,6 +193,10 @@ def resolve_kernels(value: str, device: str) -> Literal["triton", "torch"]:
     from hsivi_cli.kernels.choice import use_triton
 
     choice: Any = check_choice("--kernels", value, ("auto", "triton", "torch"))
+    if compiled:  # torch writes its own kernels, and cannot look into ours
+        if choice == "triton":
+            raise InputError("--kernels triton and --compile are two ways to the same end: choose one of them")
+        return "torch"
     if not use_triton(choice, torch.empty(0, device=device)):
         return "torch"
     from hsivi_cli.kernels.agreement import agrees

@@ -86,7 +86,19 @@ def sample(
         from hsivi_cli.cli.sample_fit import sample_fit
         from hsivi_cli.io.run_directory import is_amortised_fit
 
-        for flag, given in {"--nfe": nfe, "--solver": solver, "--spacing": spacing, "--order": order}.items():
+        of_images: dict[str, Any] = {
+            "--nfe": nfe,
+            "--solver": solver,
+            "--spacing": spacing,
+            "--order": order,
+            "--class": label,
+        }
+        of_images |= {"--network": network, "--shape": shape, "--schedule": schedule, "--prediction": prediction}
+        of_images |= {"--beta-start": beta_start, "--beta-end": beta_end, "--timesteps": timesteps}
+        of_images |= {"--clip": clip or None, "--compile": compiled or None}
+        of_images |= {"--precision": None if precision == "fp32" else precision}
+        of_images |= {"--kernels": None if kernels == "auto" else kernels}
+        for flag, given in of_images.items():
             if given is not None:
                 raise InputError(f"{flag} is for images, and {student} is a posterior fit: leave it out")
         if is_latent_fit(student):
@@ -101,7 +113,8 @@ def sample(
             raise InputError(f"--observe: {student} was fitted to one data set: fit rows with --amortize for that")
         sample_fit(student, model, n, seed, out, threads, force, as_json)
         return
-    for flag, given in {"--model": model, "--observe": observe}.items():
+    of_fits = {"--model": model, "--observe": observe, "--refine": None if refine == "auto" else refine}
+    for flag, given in of_fits.items():
         if given is not None:
             raise InputError(f"{flag} belongs to a posterior fit: name its directory")
     n, out = n or 64, out or "grid.png"
@@ -115,10 +128,9 @@ def sample(
 
     device = options.resolve_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
-    in_precision, with_kernels = options.check_precision(precision), options.resolve_kernels(kernels, device)
+    in_precision = options.check_precision(precision, device)
+    with_kernels = options.resolve_kernels(kernels, device, compiled)
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
-    if compiled:  # it writes its own kernels, and cannot look into ours
-        with_kernels = options.resolve_kernels("torch", device)
     with console.guarded_stdout():  # of a user's own file
         sampler = open_sampler(
             student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled

@@ -76,7 +76,7 @@ def train(
         warmup=warmup,
         ema=ema,
         flip=flip,
-        precision=options.check_precision(precision),
+        precision=options.check_precision(precision, device),
         seed=seed,
         device=device,
         accumulate=accumulate,

@@ -17,7 +17,7 @@ from hsivi_cli.io.run_directory import checkpoint_path, checkpoint_step, checkpo
 
 _TENSOR = "__tensor__"
 _PAIRS = "__pairs__"
-REGULAR = 2  # regular checkpoints that are kept in any case: a roll-back goes to one of them
+REGULAR = 3  # regular checkpoints that are kept in any case, and the only ones that roll-backs go to
 
 
 def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -81,7 +81,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def keep_checkpoint(directory: Path, tree: dict[str, Any], step: int, keep: int, every: int = 0) -> None:
-    """Write the checkpoint of `step` and then remove all but the newest `keep`; with `every`, two regular ones stay.
+    """Write the checkpoint of `step` and then remove all but the newest `keep`; with `every`, three regular ones stay.
 
     Those of later steps go too: they are of a course that the run has left, by a roll-back or past a damaged file.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hsivi_cli.engine import processes
-from hsivi_cli.engine.checkpoint import first_not_finite, keep_checkpoint, load_newest, regular
+from hsivi_cli.engine.checkpoint import REGULAR, first_not_finite, keep_checkpoint, load_newest, regular
 from hsivi_cli.engine.contract import Method
 from hsivi_cli.engine.progress import IN_A_ROW, Progress
 from hsivi_cli.engine.seeds import Stream, generator
@@ -36,7 +36,7 @@ class LoopConfig:
     """When the loop does what, in steps; `preview_every` 0 means never.
 
     `keep` checkpoints are kept. A burst of skipped steps is answered by at most `rollbacks` roll-backs in all. With any
-    allowed, the start is the first checkpoint, all hold finite weights, and the last two regular ones (of every
+    allowed, the start is the first checkpoint, all hold finite weights, and the last three regular ones (of every
     `checkpoint_every`-th step) are kept too.
     """
 
@@ -115,8 +115,7 @@ def run_loop(
                 record |= {"seconds_per_step": (time.monotonic() - started) / steps_made}
                 if previewing:
                     record |= hooks.preview(state.step)
-                if processes.is_main():
-                    append_metrics(directory / METRICS, record)
+                processes.from_main(lambda: append_metrics(directory / METRICS, record))  # noqa: B023 (called at once)
                 hooks.on_log(record)
             if saving:  # after a preview: what it published must never be all that is left of a run
                 save()
@@ -174,7 +173,8 @@ def _roll_back(
     if progress.rollbacks >= config.rollbacks:
         tried = f", after {progress.rollbacks} roll-backs to lower rates" if progress.rollbacks else ""
         raise RunError(f"diverged: {trouble}{tried}: use a lower --lr")
-    paths = regular(checkpoints(directory), config.checkpoint_every) or checkpoints(directory)
+    # no more than are kept whatever --keep says, for it must not change the course
+    paths = regular(checkpoints(directory), config.checkpoint_every)[:REGULAR] or checkpoints(directory)
     kept = _restore(method, state, load_newest(paths, tell))
     if state.step == progress.rolled_back_to and len(paths) > 1:
         kept = _restore(method, state, load_newest(paths[1:], tell))

@@ -105,8 +105,10 @@ def apply_update(
             scaler.step(optimiser)
             scaler.update()
             return Update(norm, True, means)
+        scale = scaler.get_scale()
         scaler.update()
-        if not finite or scaler.get_scale() < 1 or not scaler.is_enabled():  # the scale is not to blame
+        # the scale is not to blame: there is none, it is small already, or no gradient overflowed, only their norm
+        if not finite or not scaler.is_enabled() or scaler.get_scale() < 1 or scaler.get_scale() >= scale:
             optimiser.zero_grad(set_to_none=True)  # clipping has spread the NaN over all of them
             scaler.load_state_dict(before)
             return Update(norm, False, means)

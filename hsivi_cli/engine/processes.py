@@ -76,8 +76,8 @@ def start(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu"
     if launched() == 1:
         return device
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):  # without the last, Accelerate starts alone
+        if name not in os.environ and f"OMPI_COMM_WORLD_{name}" not in os.environ:
             raise InputError(f"WORLD_SIZE is {launched()}, and {name} is not set: use torchrun, or unset WORLD_SIZE")
     kind, _, number = device.partition(":")
     if number:

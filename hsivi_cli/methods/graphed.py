@@ -52,6 +52,8 @@ class GraphedChain:
     ) -> None:
         if not graphable(student):
             raise ValueError("only a student that predicts eps, without classes, can be graphed")
+        if student.classes or student.schedule.prediction_type != "epsilon":
+            raise NotImplementedError("graphs are captured of networks that predict the noise, without classes")
         device = next(student.unet.parameters()).device
         dtype = TYPES.get(precision, torch.float32)
         layers, shape, log_gamma = student.layers, student.shape, student.log_gamma.to(device)

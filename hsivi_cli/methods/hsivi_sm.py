@@ -347,8 +347,7 @@ def averaged_student(state: DistillState, description: dict[str, Any] | None = N
 
 def sample(state: DistillState, noise: PhiloxStreams) -> Float[Tensor, "n c h w"]:
     """Draw from the averaged student."""
-    with autocast(state.config.precision, state.config.device):
-        return sample_student(averaged_student(state), noise).float()
+    return sample_student(averaged_student(state), noise, state.config.precision)
 
 
 def state_dict(state: DistillState) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         fields: dict[str, Any] = {"num_train_timesteps": num_train_timesteps}
         fields |= {"beta_start": beta_start, "beta_end": beta_end}
         fields |= {"beta_schedule": beta_schedule, "trained_betas": trained_betas}
+        fields |= {"prediction_type": prediction_type}
         try:
             self.schedule = schedule_from_config(fields, where="HSIVIScheduler")
             if not isinstance(grid, str):

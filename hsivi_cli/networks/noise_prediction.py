@@ -30,6 +30,8 @@ def predict_eps(
     t = torch.as_tensor(t, device=x.device)
     out = net(x, t) if labels is None else net(x, t, class_labels=labels)
     out = getattr(out, "sample", out).float()
+    if schedule.prediction_type == "epsilon":  # asks for no schedule, which would be copied to the device each time
+        return out[:, : x.shape[1]]
     abar = schedule.abar.to(x.device)[t.expand(x.shape[0])].reshape(-1, *[1] * (x.ndim - 1))
     return to_eps(out, x, abar, schedule.prediction_type)
 

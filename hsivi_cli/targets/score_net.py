@@ -86,12 +86,16 @@ def load_score_net(path: Path, device: str = "cpu", options: NetworkOptions | No
     if scheduler is None and not options.schedule:
         missing = f"{path} has no scheduler/{SCHEDULER}: add --schedule linear (or what it was trained with)"
         raise InputError(missing)
-    config = (read_json(scheduler) if scheduler else {}) | options.schedule
-    schedule = schedule_from_config(config, where=str(scheduler or "--schedule"))
+    config, notes = read_json(scheduler) if scheduler else {}, []
+    if scheduler is not None and options.schedule:
+        if options.schedule.keys() - {"prediction_type"}:
+            config.pop("trained_betas", None)  # they would win over what the flags say
+        notes.append(f"{', '.join(options.schedule)} as the flags say, not as {scheduler} does")
+    schedule = schedule_from_config(config | options.schedule, where=str(scheduler or "--schedule"))
     if options.shape is not None:
         raise InputError(f"--shape is for a file of weights: {home / 'config.json'} says the shape, leave it out")
     unet = load_network(home, options.network).to(device).eval().requires_grad_(False)
-    return ScoreNet(unet, schedule, path, score_net_sha256(home, schedule))
+    return ScoreNet(unet, schedule, path, score_net_sha256(home, schedule), tuple(notes))
 
 
 def score_net_sha256(unet_directory: Path, schedule: NoiseSchedule) -> str:
@@ -117,15 +121,23 @@ def _from_file(path: Path, device: str, options: NetworkOptions) -> ScoreNet:
 
         converted = convert_checkpoint(path, read_json(Path(network)) if network else None, options.shape)
         unet, found, suggested = converted.network, converted.notes, converted.schedule
+        steps = options.schedule.get("num_train_timesteps", suggested.get("num_train_timesteps"))
+        if steps != suggested.get("num_train_timesteps"):
+            said = suggested["num_train_timesteps"]
+            raise InputError(f"--timesteps {steps}: the network in {path} counts {said}: say so in --network arch.json")
+        if options.schedule.get("prediction_type", converted.prediction_type) != converted.prediction_type:
+            raise InputError(f"--prediction: the network in {path} predicts {converted.prediction_type}: leave it out")
     fields = {"beta_schedule": "linear"} | suggested | options.schedule
     schedule = schedule_from_config(fields, where="--schedule")
     if not options.schedule:
         kind, steps = schedule.config["beta_schedule"], schedule.num_train_timesteps
         found = (*found, f"noise schedule assumed: {kind} betas, {steps} times (say otherwise with --schedule)")
     unet = _follow(unet, schedule).to(device).eval().requires_grad_(False)
-    digest = hashlib.sha256(sha256(path).encode())
     config: Any = unet.config
-    digest.update(json.dumps([dict(config), schedule.config], sort_keys=True, default=str).encode())
+    # what begins with _ is diffusers' own, in an order that changes from process to process
+    architecture = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(sha256(path).encode())
+    digest.update(json.dumps([architecture, schedule.config], sort_keys=True, default=str).encode())
     return ScoreNet(unet, schedule, path, digest.hexdigest(), found)
 
 

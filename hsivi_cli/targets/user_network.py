@@ -24,6 +24,8 @@ def build_user_network(network: str, shape: tuple[int, int, int]) -> PlainNetwor
     and for a module that does not answer `net(x, t)`, t of shape (n,), with an image a sample.
     """
     file, _, name = network.rpartition(":") if not network.endswith(".py") else (network, "", "build")
+    if not file:
+        raise InputError(f"--network {network}: give FILE.py:FUNCTION, the file and function that build your network")
     path, name = Path(file), name or "build"
     function = getattr(run_user_file(path, "--network", f"{name}()", double=False), name, None)
     if not callable(function):
@@ -35,7 +37,8 @@ def build_user_network(network: str, shape: tuple[int, int, int]) -> PlainNetwor
         raise InputError(f"--network {network}: {name}() raised {describe(err, str(path))}") from err
     if not isinstance(net, nn.Module):
         raise InputError(f"--network {network}: {name}() returned a {type(net).__name__}, not a torch.nn.Module")
-    return PlainNetwork(net, shape, network, sha256(path))
+    # by its last name alone: where the file lies is nobody's business, and no other network
+    return PlainNetwork(net, shape, f"{path.name}:{name}", sha256(path))
 
 
 def load_user_network(path: Path, network: str, shape: tuple[int, int, int]) -> tuple[PlainNetwork, tuple[str, ...]]:

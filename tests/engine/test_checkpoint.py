@@ -93,8 +93,8 @@ def test_the_newest_and_the_regular_ones_stay(tmp_path):
         keep_checkpoint(tmp_path, {"step": step}, step, keep, every)
         return [checkpoint_step(path) for path in checkpoints(tmp_path)]
 
-    assert [kept(step, 2, 10) for step in (0, 4, 10, 13, 20, 21, 22)][-1] == [22, 21, 20, 10]
-    assert kept(15, 2, 10) == [15, 10]  # a roll-back: what came later is gone
+    assert [kept(step, 2, 10) for step in (0, 4, 10, 13, 20, 21, 22)][-1] == [22, 21, 20, 10, 0]
+    assert kept(15, 2, 10) == [15, 10, 0]  # a roll-back: what came later is gone
     assert kept(16, 1) == [16]
     (tmp_path / "checkpoint.safetensors").write_bytes(b"of an earlier version")
     assert kept(17, 3) == [17, 16, None]

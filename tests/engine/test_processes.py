@@ -127,6 +127,11 @@ def test_bad_environments_are_one_line(monkeypatch):
         processes.start("cpu")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(InputError, match="LOCAL_RANK is not set"):  # Accelerate would start alone
+        processes.start("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(InputError, match="use --device cuda"):
         processes.start("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -71,3 +71,17 @@ def test_what_no_scale_can_mend_is_skipped_and_leaves_the_scale():
         assert scaler.get_scale() == 2.0**16
         assert torch.equal(w, torch.zeros(2))
     assert apply_update(lambda part: (w.sum(), {}), share_of(1).parts, optimiser, [w], 0.1, 1.0, scaler).stepped
+
+
+def test_gradients_whose_norm_alone_overflows_are_skipped_and_not_tried_for_ever():
+    w = torch.nn.Parameter(torch.zeros(4))
+    scaler = gradient_scaler("fp16", "cpu")
+    calls = []
+
+    def loss_of(part):
+        calls.append(part)
+        return (w * 1e25).sum(), {}
+
+    update = apply_update(loss_of, share_of(1).parts, torch.optim.Adam([w]), [w], 0.1, 1.0, scaler)
+    assert not update.stepped
+    assert len(calls) < 50

@@ -141,6 +141,14 @@ def test_a_saved_pipeline_is_a_student_too(tiny_student, tmp_path):
     assert {k: v for k, v in written.items() if k != "_name_or_path"} == ours
 
 
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_a_saved_pipeline_predicts_what_its_network_does(make_teacher, tmp_path, kind):
+    teacher = load_score_net(make_teacher({"prediction_type": kind}))
+    student = Student(teacher.unet, torch.zeros(()), (0, 200, 800), 0.2, teacher.schedule, {})
+    HSIVIPipeline.from_student(student).save_pretrained(tmp_path / "again")
+    assert load_student(tmp_path / "again").schedule.prediction_type == kind
+
+
 def test_half_precision_is_near(tiny_student):
     full, half = opened(tiny_student), opened(tiny_student, torch_dtype=torch.bfloat16)
     assert half.unet.dtype == torch.bfloat16

@@ -1,14 +1,17 @@
 """Score networks: the same numbers as diffusers, the same hash everywhere, and one clear line for what is broken."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.targets.score_net import load_score_net
+from hsivi_cli.targets.score_net import NetworkOptions, load_score_net
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -115,3 +118,36 @@ def test_older_files_of_diffusers_are_read(make_teacher):
     older = load_score_net(path)
     x = torch.randn(2, *today.shape)
     assert torch.equal(older.eps(x, 10), today.eps(x, 10))
+
+
+def test_flags_win_over_the_scheduler_and_say_so(make_teacher):
+    path = make_teacher({"trained_betas": [0.01] * 50})
+    assert load_score_net(path).schedule.num_train_timesteps == 50
+    told = load_score_net(path, options=NetworkOptions(schedule={"num_train_timesteps": 100}))
+    assert told.schedule.num_train_timesteps == 100
+    assert "num_train_timesteps" in told.notes[0]
+
+
+def test_the_hash_is_the_same_in_every_process(tmp_path):
+    """diffusers keeps names in the order of a set, which depends on the hash seed of Python."""
+    script = tmp_path / "hash.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from diffusers import UNet2DModel\n"
+        "from hsivi_cli.bridges.schedule import schedule_from_config\n"
+        "from hsivi_cli.targets import score_net\n"
+        "from hsivi_cli.targets.checkpoints import registry\n"
+        "from hsivi_cli.targets.checkpoints.build import Converted\n"
+        "torch.manual_seed(0)\n"
+        "net = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4,\n"
+        "                  down_block_types=('DownBlock2D',), up_block_types=('UpBlock2D',), add_attention=False)\n"
+        "schedule = schedule_from_config({}).config\n"
+        "registry.convert_checkpoint = lambda *args: Converted(net, 'epsilon', schedule)\n"
+        "print(score_net.load_score_net(sys.argv[0]).sha256)\n"
+    )
+    found = set()
+    for seed in ("1", "2", "3"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1

@@ -161,7 +161,7 @@ def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["inspect", "run/nfe2", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["network"] == build
+    assert facts["network"] == "my_net.py:build"  # without its folder
     assert facts["parameters"] == 1000 + 10
     assert main(["sample", str(path), *teacher, "--solver", "ddim", "--nfe", "3", "-n", "2", "--out", "b.npy"]) == 0
     capsys.readouterr()
@@ -169,3 +169,17 @@ def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 1000 + 10
     resumed = ["distill", "--score-net", str(path), *teacher, *small, "--out", "run", "--resume"]
     assert main(resumed) == 0
+
+
+def test_the_hash_is_that_of_the_content_wherever_the_file_lies(network, tmp_path):
+    path, build, _ = network()
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / "my_net.py"
+    other.write_text((tmp_path / "my_net.py").read_text())
+    assert load(path, f"{other}:build").sha256 == load(path, build).sha256
+
+
+def test_a_name_without_a_file_is_told_what_to_give(network):
+    path, _, _ = network()
+    with pytest.raises(InputError, match=r"FILE\.py:FUNCTION"):
+        load(path, "my_net")

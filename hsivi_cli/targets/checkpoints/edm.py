@@ -1,7 +1,7 @@
 """EDM checkpoints (NVlabs/edm): weights as safetensors and a JSON of what their network was built with.
 
 NVIDIA's files are pickles of whole objects, which run code when they are opened; a few lines in EDM's own environment
-turn one into the two files (README, "Score networks").
+turn one into the two files (assets/docs/score_networks.md).
 """
 
 from collections.abc import Mapping
