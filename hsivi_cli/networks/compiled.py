@@ -6,18 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# weights as constants, packed as the CPU's convolutions like them; another layout of activations gains nothing more
+FROZEN: dict[str, Any] = {"freezing": True, "layout_optimization": False}
+
 
 class CompiledNetwork(nn.Module):
     """`net`, its calls of the first call's batch size compiled; another size, as of a last batch, runs as it is.
 
-    Compiling takes about a minute the first time; torch keeps what it built on disk for the next process.
+    Compiling takes about a minute the first time; torch keeps what it built on disk for the next process. For drawing
+    alone: on a CPU later changes of the weights are not seen.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
         self.net = net
-        self.compiled = torch.compile(net, dynamic=False)
+        on_cpu = next(net.parameters()).device.type == "cpu"
+        self.compiled = torch.compile(net, dynamic=False, options=FROZEN if on_cpu else None)
         self.size: int | None = None
 
     @property
