@@ -14,6 +14,7 @@ from hsivi_cli.errors import InputError
 
 MAX_COSINE_BETA = 0.999
 MAX_TIMESTEPS = 1_000_000
+LEAST_SIGNAL = 1e-30  # of abar: its square root and what is divided by it must stay far from float32's ends
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # diffusers' schedulers that are defined by the betas of a variance-preserving process alone; flow matching, EDM and
 # variance-exploding ones are not, and would give wrong images without an error
@@ -99,11 +100,17 @@ def schedule_from_config(config: Mapping[str, Any], where: str = "scheduler conf
         raise InputError(f"{where}: beta_schedule {kind!r} is not supported, only {known} or trained_betas")
     if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
         raise InputError(f"{where}: the betas must be a list of numbers strictly between 0 and 1")
+    abar = torch.cumprod(1 - betas, 0)
+    if abar[-1] < LEAST_SIGNAL:
+        raise InputError(
+            f"{where}: the betas leave {float(abar[-1]):.0e} of the signal's variance at the last time, which float32 "
+            "cannot hold: they are too large for so many times"
+        )
     fields: dict[str, Any] = {"num_train_timesteps": len(betas), "prediction_type": predicts, "beta_schedule": kind}
     fields |= {"beta_start": start, "beta_end": end}
     if trained is not None:
         fields["trained_betas"] = [float(beta) for beta in betas]
-    return NoiseSchedule(torch.cumprod(1 - betas, 0), fields)
+    return NoiseSchedule(abar, fields)
 
 
 def make_grid(kind: str | Sequence[int], nfe: int, schedule: NoiseSchedule) -> tuple[int, ...]:

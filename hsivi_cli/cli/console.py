@@ -20,7 +20,7 @@ from hsivi_cli.engine import processes
 from hsivi_cli.errors import RunError
 
 SECONDS_BETWEEN_LINES = 10.0
-_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def story(message: str) -> None:
@@ -83,7 +83,7 @@ def result_table(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str,
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     # off a terminal a row is a line, however long, so that names and hashes can be searched for
     width = None if on_terminal else 10_000
-    Console(file=stdout(), highlight=False, width=width).print(table)
+    Console(file=stdout(), highlight=False, width=width, emoji=False).print(table)
 
 
 @cache
@@ -104,7 +104,7 @@ def result_watch(look: Callable[[Console, bool], tuple[Any, bool]], seconds: flo
     """
     live_here = stdout().isatty() and not once
     # off a terminal a line is a line, however long
-    screen = Console(file=stdout(), highlight=False, width=None if stdout().isatty() else 10_000)
+    screen = Console(file=stdout(), highlight=False, emoji=False, width=None if stdout().isatty() else 10_000)
     shown, final = look(screen, live_here)
     if final or not live_here:
         screen.print(look(screen, False)[0])

@@ -111,6 +111,7 @@ def distill(
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
     from hsivi_cli.methods.student import find_best, load_student
+    from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
 
     device = options.resolve_device(device, threads)
@@ -180,7 +181,8 @@ def distill(
         console.result_line(str(out))
     for k, best in find_best(out).items():
         console.story(f"lowest FID at a preview for NFE {k}: {best}")
-    console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}")
+    own = f" --network {shlex.quote(network)}" if isinstance(teacher.unet, PlainNetwork) and network else ""
+    console.story(f"draw from it: hsivi sample {shlex.quote(str(out))} --nfe {nfes[0]}{own}")
 
 
 def _outputs(
@@ -232,7 +234,9 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
     report = []
     for k, config in configs.items():
         cost = distillation.dry_run(teacher, config)
-        report.append({"nfe": k, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})
+        about = {"teacher": type(teacher.unet).__name__, "shape": list(teacher.shape), **teacher.schedule.config}
+        about.pop("trained_betas", None)
+        report.append({"nfe": k, **about, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})
         report[-1] |= {"memory_bytes": cost.memory_bytes, "total_seconds": cost.total_seconds}
     if as_json:
         console.result_json({"dry_run": report})

@@ -22,6 +22,8 @@ def draw_all(title: str, sampler: "Sampler", n: int, seed: int, batch_size: int)
 
     channels, height, width = sampler.shape
     images = np.empty((n, height, width, channels), np.uint8)
+    if sampler.compiles:
+        console.story("compiling the network first, about a minute where torch has not done it before")
     start, done = time.monotonic(), 0
     with console.progress(title, n) as advance:
         for batch in draw_images(sampler, n, seed, batch_size, on_batch=advance):

@@ -92,6 +92,8 @@ def run_loop(
             trouble = _note(so_far, metrics, state.step)
             hooks.on_step(state.step)
             at_end = state.step == config.steps
+            if at_end and not so_far.rollbacks and so_far.skipped >= config.steps:
+                raise RunError("every step was skipped, its loss or gradient is not finite: are the teacher's outputs?")
             # after a skipped step nothing is shown nor saved, and a request to stop waits: what a roll-back goes to,
             # or a run is resumed from, is of a step that was good
             good = at_end or not metrics.get("skipped")

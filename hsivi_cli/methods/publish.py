@@ -29,6 +29,17 @@ class Pushed:
     commit: str
 
 
+def check_repository(repository: str) -> None:
+    """Raise InputError for what the hub takes as no repository's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as err:
+        raise InputError(f"{repository!r} is no name of a repository on the hub: give it as me/five-steps") from err
+
+
 def push_student(student: Student, repository: str, private: bool = False) -> Pushed:
     """Make the repository `owner/name` unless it exists, and upload the student as one commit.
 

@@ -82,6 +82,8 @@ def load_score_net(path: Path, device: str = "cpu", options: NetworkOptions | No
     home = path / "unet" if (path / "unet").is_dir() else path
     if not (home / "config.json").is_file() or (path / "hsivi.json").is_file():
         raise InputError(f"{path} is no score network: {_hint(path)}")
+    if home == path and "_class_name" not in read_json(home / "config.json"):
+        raise InputError(f"{path} is no score network: its config.json describes no network: {NAME_IT}")
     scheduler = next((path / place for place in SCHEDULER_PLACES if (path / place).is_file()), None)
     if scheduler is None and not options.schedule:
         missing = f"{path} has no scheduler/{SCHEDULER}: add --schedule linear (or what it was trained with)"
@@ -173,8 +175,7 @@ def _fetch(name: str) -> Path:
             path = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
         return path
     except Exception as err:  # offline, unknown, gated: the library has a class for each
-        reason = " ".join(str(err).split())[:120]
         raise InputError(
-            f"{name} is no directory here, and cannot be fetched from the hub ({type(err).__name__}: {reason}): "
+            f"{name} is no directory here, and cannot be fetched from the hub ({type(err).__name__}): "
             f"fetch it where there is a network, by 'hf download {name} --local-dir DIR', and name DIR"
         ) from err

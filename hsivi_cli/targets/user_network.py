@@ -73,7 +73,8 @@ def _fit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> Fitted:
 def try_network(network: PlainNetwork, network_name: str) -> None:
     """One call of `net(x, t)`; raises InputError in one line if it fails or answers with another shape."""
     channels, height, width = network.shape
-    x, t = torch.zeros(TRIAL, channels, height, width), torch.zeros(TRIAL, dtype=torch.int64)
+    x = torch.randn(TRIAL, channels, height, width, generator=torch.Generator().manual_seed(0))
+    t = torch.zeros(TRIAL, dtype=torch.int64)
     try:
         with torch.no_grad():
             out = network(x, t)
@@ -84,6 +85,7 @@ def try_network(network: PlainNetwork, network_name: str) -> None:
     fits = isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[1] in (channels, 2 * channels)
     if not fits or (len(out), *out.shape[2:]) != (TRIAL, height, width):
         found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise InputError(
-            f"--network {network_name}: net(x, t) gave {found} for x of shape {tuple(x.shape)}: is --shape right?"
-        )
+        why = "is --shape right?" if isinstance(out, torch.Tensor) else "write a wrapper that returns the tensor"
+        raise InputError(f"--network {network_name}: net(x, t) gave {found} for x of shape {tuple(x.shape)}: {why}")
+    if not bool(out.isfinite().all()):
+        raise InputError(f"--network {network_name}: net(x, t) gives NaN or infinity for noise at t = 0: it is broken")

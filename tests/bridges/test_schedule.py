@@ -42,6 +42,7 @@ def test_bad_grids_are_refused(times):
     ("config", "what"),
     [
         ({"prediction_type": "flow"}, "flow"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "too large"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"rescale_betas_zero_snr": True}, "zero_snr"),
         ({"num_train_timesteps": "many"}, "num_train_timesteps"),

@@ -80,3 +80,8 @@ def test_an_internal_error_keeps_its_traceback_and_says_what_it_is(monkeypatch, 
     err = capsys.readouterr().err
     assert "ZeroDivisionError: oh" in err
     assert "bug in hsivi" in err.splitlines()[-1]
+
+
+def test_names_that_look_like_emoji_are_left_as_they_are(capsys):
+    console.error("my_net.py:boom: failed")
+    assert "my_net.py:boom: failed" in capsys.readouterr().err

@@ -160,3 +160,8 @@ def test_without_a_login_it_says_so(monkeypatch, tiny_student, capsys, tmp_path)
     code, _, stderr = run(capsys, tiny_student, "me/digits")
     assert code == 2
     assert "hf auth login" in stderr or "HF_HUB_OFFLINE" in stderr
+
+
+def test_a_name_that_the_hub_refuses_is_refused_before(tiny_student, capsys):
+    assert main(["push", str(tiny_student), "badname!/x/y", "--dry-run"]) == 2
+    assert "me/five-steps" in capsys.readouterr().err

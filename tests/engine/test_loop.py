@@ -336,3 +336,9 @@ def test_nothing_is_shown_or_saved_at_a_skipped_step_but_the_last(tmp_path):
     run_loop(RoughMethod(lambda step, _: step in (12, 40)), state, config, tmp_path, hooks)
     assert shown == [6, 18, 24, 30, 36, 40]
     assert names(tmp_path)[0] == "checkpoint-000040.safetensors"
+
+
+def test_a_run_in_which_nothing_was_learned_is_no_success(tmp_path):
+    config = replace(ROUGH, steps=3)
+    with pytest.raises(RunError, match="every step was skipped"):
+        run_loop(RoughMethod(lambda step, _: True), Rough(), config, tmp_path, Hooks(lambda record: None))

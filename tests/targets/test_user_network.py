@@ -101,6 +101,7 @@ def test_the_hash_names_weights_and_schedule(network):
         (GOOD.replace("self.conv(x) *", "self.conv(x)[:, :, 1:] *"), "--shape right"),
         (GOOD.replace("t.reshape(-1, 1)", "t.reshape(7, 1)"), "RuntimeError"),
         (GOOD.replace("return self.conv(x)", "return 3 and {'a': 1} or self.conv(x)"), "dict"),
+        (GOOD.replace("return self.conv(x)", "return float('nan') * self.conv(x)"), "NaN or infinity"),
         (GOOD.replace("Conv2d(1, 1, 3", "Conv2d(1, 1, 5"), "does not fit"),
         (GOOD.replace("self.conv =", "self.other ="), "does not fit"),
     ],

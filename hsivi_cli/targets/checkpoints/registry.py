@@ -31,8 +31,12 @@ def convert_checkpoint(
     path = Path(path)
     fields = dict(architecture or {})
     foreign = read_tensors(path)
-    kind, prefix = recognise(foreign.tensors, path)
-    wanted = choice(fields, "format", kind, FORMATS)
+    asked = choice(fields, "format", "", FORMATS) if "format" in fields else ""
+    try:
+        kind, prefix = recognise(foreign.tensors, path)
+    except InputError as err:
+        raise InputError(f"{err} ({WHERE} asks for {asked!r}, whose names it has not)" if asked else str(err)) from err
+    wanted = asked or kind
     if wanted != kind:
         raise InputError(f"{WHERE}: format is {wanted!r}, but the names in {path} are those of {kind!r}")
     tensors = {name[len(prefix) :]: value for name, value in foreign.tensors.items() if name.startswith(prefix)}
