@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hsivi_cli.cli import console
+from hsivi_cli.errors import InputError
 
 if TYPE_CHECKING:
     from hsivi_cli.targets.score_net import NetworkOptions
@@ -118,7 +119,6 @@ def resolve_device(device: str, threads: int = 0) -> str:
     import torch
 
     from hsivi_cli.engine import processes
-    from hsivi_cli.errors import InputError
 
     if threads:
         torch.set_num_threads(threads)
@@ -134,7 +134,6 @@ def resolve_device(device: str, threads: int = 0) -> str:
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`; otherwise raise InputError naming them."""
-    from hsivi_cli.errors import InputError
 
     if value not in choices:
         raise InputError(f"{flag} {value!r} is unknown: choose from {', '.join(choices)}")
@@ -168,7 +167,6 @@ def network_options(
 ) -> "NetworkOptions":
     """What the flags say about a network; raises InputError naming the flag."""
     from hsivi_cli.bridges.schedule import PREDICTION_TYPES
-    from hsivi_cli.errors import InputError
     from hsivi_cli.targets.score_net import NetworkOptions
 
     sides = parse_integers("--shape", shape, distinct=False) if shape else None
@@ -207,7 +205,6 @@ def resolve_kernels(value: str, device: str, compiled: bool = False) -> Literal[
 
 def parse_integers(flag: str, value: str, distinct: bool = True) -> list[int]:
     """Read whole numbers separated by commas, no number twice if `distinct`; raises InputError naming the flag."""
-    from hsivi_cli.errors import InputError
 
     try:
         numbers = [int(item) for item in value.split(",")]

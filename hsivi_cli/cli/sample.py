@@ -1,7 +1,7 @@
 """`hsivi sample`: images from a student or from a solver on its teacher, draws from a saved posterior."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 

@@ -54,7 +54,7 @@ class NoiseStreams:
         """How many samples."""
         return len(self._streams)
 
-    def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Float[Tensor, "n *shape"]:
+    def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Float[Tensor, " n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32."""
         noise = np.empty((len(self._streams), *shape), np.float32)
         for row, stream in zip(noise, self._streams, strict=True):
@@ -89,7 +89,7 @@ class PhiloxStreams:
         """Begin again with draw number 0."""
         self._drawn = 0
 
-    def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, "n *shape"]:
+    def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, " n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32; the streams move to `device` and stay there."""
         from hsivi_cli.kernels.philox import normals
 

@@ -37,13 +37,13 @@ class ComparisonRows:
 
 
 def compare(
-    x: Float[Tensor, "n *shape"],
-    eps: Float[Tensor, "n *shape"],
+    x: Float[Tensor, " n *shape"],
+    eps: Float[Tensor, " n *shape"],
     log_gamma: Float[Tensor, "..."],
     rows: ComparisonRows,
     zeta: Draw,
     kernels: Kernels = "auto",
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """The comparison point, of x's type and memory format; differentiable once in x, eps and log_gamma.
 
     `log_gamma` is a scalar, a map `shape`, or one map a layer `(K, *shape)`.
@@ -70,14 +70,14 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def compare_reference(
-    x: Tensor, eps: Tensor, log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, "n *shape"]
+    x: Tensor, eps: Tensor, log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, " n *shape"]
 ) -> Tensor:
     """The same by torch's own operations; with x, eps and zeta in float64 it is the reference."""
     mean = per_sample(rows.x, x) * x + per_sample(rows.eps, x) * eps.to(x.dtype)
     return mean + (spread(log_gamma, rows, zeta) * zeta).to(x.dtype)
 
 
-def spread(log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, "n *shape"]) -> Float[Tensor, "n ..."]:
+def spread(log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, " n *shape"]) -> Float[Tensor, "n ..."]:
     """`sigma`, broadcastable to `zeta` and of its type."""
     gamma = log_gamma[rows.layer.to(log_gamma.device)] if log_gamma.ndim == zeta.ndim else log_gamma
     own = per_sample(rows.layer_noise, zeta) * gamma.to(zeta.dtype).exp()
@@ -85,8 +85,8 @@ def spread(log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, "n *shap
 
 
 def comparison_target(
-    log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, "n *shape"]
-) -> Float[Tensor, "n *shape"]:
+    log_gamma: Tensor, rows: ComparisonRows, zeta: Float[Tensor, " n *shape"]
+) -> Float[Tensor, " n *shape"]:
     """What the critic learns at the comparison point: `zeta / gamma'`, `gamma' = sigma / s'`."""
     return zeta * per_sample(rows.noise_scale, zeta) / spread(log_gamma, rows, zeta)
 

@@ -26,7 +26,7 @@ from hsivi_cli.kernels.samples import BLOCK, flat, grid, like, locate, per_sampl
 
 
 def critic_sums(
-    critic_eps: Float[Tensor, "n *shape"],
+    critic_eps: Float[Tensor, " n *shape"],
     log_gamma: Float[Tensor, "..."],
     rows: ComparisonRows,
     zeta: Draw,
@@ -42,7 +42,7 @@ def critic_sums(
 
 
 def critic_reference(
-    critic_eps: Float[Tensor, "n *shape"], target: Float[Tensor, "n *shape"], noise_scale: Float[Tensor, "n *ones"]
+    critic_eps: Float[Tensor, " n *shape"], target: Float[Tensor, " n *shape"], noise_scale: Float[Tensor, " n *ones"]
 ) -> Float[Tensor, " n"]:
     """The same by torch's own operations."""
     return (noise_scale**2 * (critic_eps - target) ** 2).flatten(1).sum(1)

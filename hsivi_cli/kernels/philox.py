@@ -43,7 +43,7 @@ class Draw:
     number: int
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def normals(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n *shape"]:
+    def normals(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Float[Tensor, " n *shape"]:
         """The draw itself, made once."""
         if (shape, dtype) not in self._made:
             self._made[shape, dtype] = normals(self.streams, self.number, shape, dtype)
@@ -77,7 +77,7 @@ def box_muller(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tupl
 
 def normals(
     streams: Int64[Tensor, "n 2"], layer: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """Standard normals of one layer for every stream, on the streams' device; float64 is the kernels' reference."""
     elements = math.prod(shape)
     blocks = (elements + 3) // 4
@@ -140,7 +140,7 @@ def normals_kernel(out, streams, layer, elements, BLOCK: tl.constexpr):
 
 def normals_triton(
     streams: Int64[Tensor, "n 2"], layer: int, shape: tuple[int, ...], block: int = 256
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """As `normals` in float32, by one kernel."""
     elements = math.prod(shape)
     out = torch.empty(len(streams), *shape, device=streams.device)

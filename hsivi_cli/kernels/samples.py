@@ -34,7 +34,7 @@ def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return out if flat(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
-def per_sample(values: Float[Tensor, " n"], like: Float[Tensor, "n *shape"]) -> Float[Tensor, "n *ones"]:
+def per_sample(values: Float[Tensor, " n"], like: Float[Tensor, " n *shape"]) -> Float[Tensor, " n *ones"]:
     """One number a sample, shaped and typed to multiply `like`."""
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 

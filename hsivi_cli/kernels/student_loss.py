@@ -42,9 +42,9 @@ class StudentSums:
 
 def student_sums(
     loss: Loss,
-    critic_eps: Float[Tensor, "n *shape"],
-    teacher_eps: Float[Tensor, "n *shape"],
-    y: Float[Tensor, "n *shape"],
+    critic_eps: Float[Tensor, " n *shape"],
+    teacher_eps: Float[Tensor, " n *shape"],
+    y: Float[Tensor, " n *shape"],
     log_gamma: Float[Tensor, "..."],
     rows: ComparisonRows,
     zeta: Draw,
@@ -65,10 +65,10 @@ def student_sums(
 
 
 def fisher_reference(
-    critic_eps: Float[Tensor, "n *shape"],
-    teacher_eps: Float[Tensor, "n *shape"],
-    target: Float[Tensor, "n *shape"],
-    noise_scale: Float[Tensor, "n *ones"],
+    critic_eps: Float[Tensor, " n *shape"],
+    teacher_eps: Float[Tensor, " n *shape"],
+    target: Float[Tensor, " n *shape"],
+    noise_scale: Float[Tensor, " n *ones"],
 ) -> Float[Tensor, " n"]:
     """The Fisher divergence by torch's own operations."""
     gap = critic_eps - teacher_eps
@@ -76,10 +76,10 @@ def fisher_reference(
 
 
 def surrogate_reference(
-    critic_eps: Float[Tensor, "n *shape"],
-    teacher_eps: Float[Tensor, "n *shape"],
-    y: Float[Tensor, "n *shape"],
-    noise_scale: Float[Tensor, "n *ones"],
+    critic_eps: Float[Tensor, " n *shape"],
+    teacher_eps: Float[Tensor, " n *shape"],
+    y: Float[Tensor, " n *shape"],
+    noise_scale: Float[Tensor, " n *ones"],
 ) -> Float[Tensor, " n"]:
     """The reverse KL's surrogate by torch's own operations."""
     gap = (critic_eps - teacher_eps).detach()
@@ -88,7 +88,9 @@ def surrogate_reference(
 
 @torch.no_grad()
 def gap_reference(
-    critic_eps: Float[Tensor, "n *shape"], teacher_eps: Float[Tensor, "n *shape"], noise_scale: Float[Tensor, "n *ones"]
+    critic_eps: Float[Tensor, " n *shape"],
+    teacher_eps: Float[Tensor, " n *shape"],
+    noise_scale: Float[Tensor, " n *ones"],
 ) -> Float[Tensor, " n"]:
     """The critic's gap by torch's own operations."""
     return (noise_scale**2 * (critic_eps - teacher_eps) ** 2).flatten(1).sum(1)

@@ -157,10 +157,10 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(
         self,
-        original_samples: Float[Tensor, "n *shape"],
-        noise: Float[Tensor, "n *shape"],
+        original_samples: Float[Tensor, " n *shape"],
+        noise: Float[Tensor, " n *shape"],
         timesteps: Int[Tensor, " n"],
-    ) -> Float[Tensor, "n *shape"]:
+    ) -> Float[Tensor, " n *shape"]:
         """Samples noised to `timesteps`, as diffusers' schedulers do."""
         abar = self.schedule.abar[timesteps.cpu()]
         signal, scale = (per_sample(share.sqrt(), original_samples) for share in (abar, 1 - abar))

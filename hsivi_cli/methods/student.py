@@ -121,7 +121,7 @@ def walk_fused(
     shape: tuple[int, ...],
     noise: PhiloxStreams,
     kernels: Kernels = "auto",
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """As `walk_chain`, each layer in one pass that draws its own noise."""
     from hsivi_cli.kernels.hsivi_step import hsivi_step
 
@@ -140,9 +140,9 @@ def walk_chain(
     student_eps: Callable[[Tensor, Tensor], Tensor],
     log_gamma: Float[Tensor, "..."],
     layers: LayerCoefficients,
-    draw: Callable[[], Float[Tensor, "n *shape"]],
+    draw: Callable[[], Float[Tensor, " n *shape"]],
     visit: Callable[[int, Tensor, Tensor], None] | None = None,
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """Sample every layer from `x_K = draw()` down to `x_0`, without noise in the last.
 
     `visit(k, x_k, eps_k)` sees each layer's input and the student's prediction there.
@@ -366,8 +366,8 @@ def chain_states(
     student_eps: Callable[[Tensor, Tensor], Tensor],
     log_gamma: Float[Tensor, "..."],
     layers: LayerCoefficients,
-    draw: Callable[[], Float[Tensor, "n *shape"]],
-) -> tuple[Float[Tensor, "kn *shape"], Float[Tensor, "kn *shape"], Int[Tensor, " kn"]]:
+    draw: Callable[[], Float[Tensor, " n *shape"]],
+) -> tuple[Float[Tensor, " kn *shape"], Float[Tensor, " kn *shape"], Int[Tensor, " kn"]]:
     """Every layer's input, the student's prediction there and the layer's number, for one rollout of n chains."""
     inputs: list[Tensor] = []
     predictions: list[Tensor] = []

@@ -18,11 +18,11 @@ from hsivi_cli.bridges.schedule import NoiseSchedule
 
 def predict_eps(
     net: nn.Module,
-    x: Float[Tensor, "n *shape"],
+    x: Float[Tensor, " n *shape"],
     t: Int[Tensor, " n"] | Int[Tensor, ""] | int,
     schedule: NoiseSchedule,
     labels: Int[Tensor, " n"] | None = None,
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """The noise in `x` at time `t`, float32; `labels` are the classes of a class-conditional network.
 
     The network answers with a tensor, or with an object that has one as `sample` (diffusers).

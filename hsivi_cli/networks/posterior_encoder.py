@@ -61,7 +61,7 @@ class Encoder(nn.Module):
             self.standardise_x = Standardiser(observation_shape, pooling, squash=True)
         self.noise_dim = dim + (config.family == "mixture")
 
-    def fit_scales(self, z: Float[Tensor, "n d"], x: Float[Tensor, "n *event"] | None = None) -> None:
+    def fit_scales(self, z: Float[Tensor, "n d"], x: Float[Tensor, " n *event"] | None = None) -> None:
         """Standardise by prior draws and the observations simulated from them; the state dict keeps what was found."""
         self.standardise_z.fit(z)
         if self.standardise_x is not None:
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
             self.standardise_x.fit(x)
 
     def log_prob(
-        self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b *event"] | None = None, *, precise: bool = False
+        self, z: Float[Tensor, "b n d"], x: Float[Tensor, " b *event"] | None = None, *, precise: bool = False
     ) -> Float[Tensor, "b n"]:
         """log q(z | x) in float64; differentiable. `precise` computes in float64 throughout, for importance weights."""
         u = self.standardise_z(z)
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, noise: Float[Tensor, "b n noise_dim"], x: Float[Tensor, "b *event"] | None = None
+        self, noise: Float[Tensor, "b n noise_dim"], x: Float[Tensor, " b *event"] | None = None
     ) -> Float[Tensor, "b n d"]:
         """Draws from q(. | x), a row of standard normal `noise` each; float64.
 
@@ -95,13 +95,13 @@ class Encoder(nn.Module):
         return self.standardise_z.inverse(u)
 
     def draw(
-        self, n: int, generator: torch.Generator, x: Float[Tensor, "b *event"] | None = None
+        self, n: int, generator: torch.Generator, x: Float[Tensor, " b *event"] | None = None
     ) -> Float[Tensor, "b n d"]:
         """`n` draws from q(. | x) for every observation; one row without observations."""
         rows = 1 if x is None else len(x)
         return self.sample(torch.randn(rows, n, self.noise_dim, generator=generator, dtype=torch.float64), x)
 
-    def beyond(self, x: Float[Tensor, "b *event"]) -> Float[Tensor, " b"]:
+    def beyond(self, x: Float[Tensor, " b *event"]) -> Float[Tensor, " b"]:
         """How far each observation lies outside of the range of those of `fit_scales`, in their scales; 0 inside."""
         assert self.standardise_x is not None
         return self.standardise_x.beyond(x)

@@ -43,7 +43,7 @@ class Standardiser(nn.Module):
         self.register_buffer("lowest", torch.full(size, -torch.inf, dtype=torch.float64))
         self.register_buffer("highest", torch.full(size, torch.inf, dtype=torch.float64))
 
-    def fit(self, values: Float[Tensor, "n *shape"]) -> None:
+    def fit(self, values: Float[Tensor, " n *shape"]) -> None:
         """Find shift and scale. Rows with anything not finite are left out; raises InputError without two others."""
         values = values.detach().double().reshape(len(values), *self.shape)[:ROWS]
         values = values[torch.isfinite(values).flatten(1).all(1)]
@@ -81,7 +81,7 @@ class Standardiser(nn.Module):
         assert self.pooling == "column"
         return -self.scale.log().sum()
 
-    def beyond(self, values: Float[Tensor, "b *shape"]) -> Float[Tensor, " b"]:
+    def beyond(self, values: Float[Tensor, " b *shape"]) -> Float[Tensor, " b"]:
         """How far the farthest entry lies outside of what was seen in `fit`, in scales: 0 within; NaN counts as inf."""
         values = values.double().reshape(len(values), *self.shape)
         off = torch.maximum(self.lowest - values, values - self.highest).clamp_min(0) / self.scale

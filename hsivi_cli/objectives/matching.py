@@ -24,7 +24,7 @@ class Comparison:
     `y` the noisy output and `t` its time; `log_gamma`, `rows` and `zeta` what it was made with.
     """
 
-    y: Float[Tensor, "n *shape"]
+    y: Float[Tensor, " n *shape"]
     t: Int[Tensor, " n"]
     log_gamma: Float[Tensor, "..."]
     rows: ComparisonRows
@@ -40,7 +40,7 @@ class StudentLosses:
     gap: Float[Tensor, ""]
 
 
-def critic_loss(critic_eps: Float[Tensor, "n *shape"], at: Comparison, kernels: Kernels = "auto") -> Float[Tensor, ""]:
+def critic_loss(critic_eps: Float[Tensor, " n *shape"], at: Comparison, kernels: Kernels = "auto") -> Float[Tensor, ""]:
     """`mean sum s'^2 (f - zeta/gamma')^2`: the critic learns the student's own noise prediction.
 
     The gradient reaches the critic alone.
@@ -50,8 +50,8 @@ def critic_loss(critic_eps: Float[Tensor, "n *shape"], at: Comparison, kernels: 
 
 def student_losses(
     loss: Loss,
-    critic_eps: Float[Tensor, "n *shape"],
-    teacher_eps: Float[Tensor, "n *shape"],
+    critic_eps: Float[Tensor, " n *shape"],
+    teacher_eps: Float[Tensor, " n *shape"],
     at: Comparison,
     kernels: Kernels = "auto",
 ) -> StudentLosses:

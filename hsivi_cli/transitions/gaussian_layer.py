@@ -50,14 +50,14 @@ def layer_coefficients(grid: Sequence[int], eta: float, schedule: NoiseSchedule)
 
 
 def layer_mean(
-    x: Float[Tensor, "n *shape"], eps: Float[Tensor, "n *shape"], k: Int[Tensor, " n"], layers: LayerCoefficients
-) -> Float[Tensor, "n *shape"]:
+    x: Float[Tensor, " n *shape"], eps: Float[Tensor, " n *shape"], k: Int[Tensor, " n"], layers: LayerCoefficients
+) -> Float[Tensor, " n *shape"]:
     """Mean of `x_{k-1}` given `x_k` and the student's `eps = phi(x_k, t_k)`; `k` is the layer of each sample."""
     return per_sample(layers.A[k], x) * x + per_sample(layers.B[k], x) * eps
 
 
 def layer_std(
-    log_gamma: Float[Tensor, "..."], k: Int[Tensor, " n"], layers: LayerCoefficients, like: Float[Tensor, "n *shape"]
+    log_gamma: Float[Tensor, "..."], k: Int[Tensor, " n"], layers: LayerCoefficients, like: Float[Tensor, " n *shape"]
 ) -> Float[Tensor, "n ..."]:
     """Standard deviation `c1_k exp(log_gamma)` of `x_{k-1}`, broadcastable to `like`.
 

@@ -51,8 +51,8 @@ def given_observations(
     dim: int,
     sample_prior: Callable[[int, torch.Generator], Float[Tensor, "n d"]],
     log_prior: Callable[[Float[Tensor, "*n d"]], Float[Tensor, "*n"]],
-    log_likelihood: Callable[[Cloud, Float[Tensor, "b *x"]], PerParticle],
-    observations: Float[Tensor, "b *x"],
+    log_likelihood: Callable[[Cloud, Float[Tensor, " b *x"]], PerParticle],
+    observations: Float[Tensor, " b *x"],
 ) -> PriorLikelihood:
     """The target of one sampler an observation; `log_likelihood(z, x)` maps (b, k, d) and (b, ...) to (b, k)."""
     return PriorLikelihood(
@@ -73,14 +73,14 @@ class SamplerNoise:
     def __init__(self, seeds: Int[Tensor, " b"]) -> None:
         self._sources = [np.random.Generator(np.random.SFC64(int(seed))) for seed in seeds]
 
-    def normal(self, *shape: int) -> Float[Tensor, "b *shape"]:
+    def normal(self, *shape: int) -> Float[Tensor, " b *shape"]:
         """Standard normal noise of every sampler."""
         noise = np.empty((len(self._sources), *shape))
         for row, source in zip(noise, self._sources, strict=True):
             source.standard_normal(out=row)
         return torch.from_numpy(noise)
 
-    def uniform(self, *shape: int) -> Float[Tensor, "b *shape"]:
+    def uniform(self, *shape: int) -> Float[Tensor, " b *shape"]:
         """Uniform noise in [0, 1) of every sampler."""
         noise = np.empty((len(self._sources), *shape))
         for i, source in enumerate(self._sources):

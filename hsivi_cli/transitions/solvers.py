@@ -122,7 +122,7 @@ def solve(
     draw: Draw,
     order: int | None = None,
     clip: bool = False,
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """Integrate from `x_T = draw()` to images with exactly `nfe` calls of `eps(x, t)`.
 
     `draw()` returns fresh standard normal noise, shape `(n, *shape)`: once for the start and, for DDPM, once a step but
@@ -155,7 +155,7 @@ def clipped(eps: Eps, schedule: NoiseSchedule) -> Eps:
     the ratio.
     """
 
-    def predict(x: Float[Tensor, "n *shape"], t: Tensor) -> Float[Tensor, "n *shape"]:
+    def predict(x: Float[Tensor, " n *shape"], t: Tensor) -> Float[Tensor, " n *shape"]:
         abar = schedule.abar.to(x.device)[t.to(x.device)]
         signal, noise = abar.sqrt(), (1 - abar).sqrt()
         x0 = ((x - noise * eps(x, t)) / signal).clamp(-1, 1)
@@ -166,7 +166,7 @@ def clipped(eps: Eps, schedule: NoiseSchedule) -> Eps:
 
 def ddim(
     eps: Eps, schedule: NoiseSchedule, times: tuple[int, ...], eta: float, draw: Draw
-) -> Float[Tensor, "n *shape"]:
+) -> Float[Tensor, " n *shape"]:
     """DDIM along decreasing `times`, then to abar = 1 (Song, Meng, Ermon 2021, arXiv 2010.02502, equations 12 and 16).
 
     `eta` = 0 is deterministic; `eta` = 1 is ancestral sampling with DDPM's posterior (Ho, Jain, Abbeel 2020, equations

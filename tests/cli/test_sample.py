@@ -63,6 +63,8 @@ def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
     fails(
         capsys, 2, "use --kernels auto or torch", tiny_run, "--nfe", 3, "--kernels", "triton", "--device", "cpu", *out
     )
+    both = "choose one of them"
+    fails(capsys, 2, both, tiny_run, "--nfe", 3, "--kernels", "triton", "--compile", "--device", "cpu", *out)
     fails(capsys, 2, "NFE 3, 5 only", tiny_run, "--nfe", 4, *out)
     fails(capsys, 2, "--solver", tiny_teacher, *out)
     fails(capsys, 2, "drop --solver", tiny_run, "--solver", "ddim", *out)
