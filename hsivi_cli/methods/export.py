@@ -83,7 +83,8 @@ class FewStepSampler(nn.Module):
         self.register_buffer("std", torch.stack(stds) if stds else torch.zeros_like(like))
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Walk the layers."""
+        """Walk the layers; fails, in every format, if `noise` has not one draw a layer."""
+        assert noise.shape[0] == self.times.shape[0], "noise wants one draw a network evaluation: (K, n, c, h, w)"
         x = noise[0]
         for i in range(self.times.shape[0]):
             if self.conditional:

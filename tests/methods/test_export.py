@@ -50,6 +50,9 @@ def test_torchscript(tiny_student, tmp_path):
         for n in (1, 5, 70):  # diffusers treats batches of 64 and more differently
             expected = sample_student(student, PhiloxStreams(9, range(n)))
             torch.testing.assert_close(sampler(noise_of(student, n, 9)), expected, atol=1e-5, rtol=0)
+        for draws in (2, 4):
+            with pytest.raises(Exception, match="one draw a network evaluation"):
+                sampler(torch.zeros(draws, 1, *student.shape))
 
 
 @pytest.fixture
@@ -72,6 +75,8 @@ def test_torch_export(everything, tmp_path):
     with torch.no_grad():  # diffusers' own code would bind it to batches below 64
         drawn = program(noise_of(everything, 70, 9), torch.arange(70) % 3)
     torch.testing.assert_close(drawn, sample_student(everything, PhiloxStreams(9, range(70))), atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError, match="noise"):
+        program(torch.zeros(3, 70, *everything.shape), torch.arange(70) % 3)
 
 
 def test_classes_and_other_predictions_as_a_script(everything, tmp_path):
