@@ -68,7 +68,7 @@ def bench(
     from hsivi_cli.methods.sampling import DEFAULT_NFE
     from hsivi_cli.methods.student import load_student, select_student
 
-    place = torch.device(options.resolve_device(device, threads))
+    place = torch.device(options.image_device(device, threads))
     wanted = [options.check_choice("--what", item, WHAT) for item in what.split(",")]
     batches = options.parse_integers("--batch", batch)
     precisions = [options.check_precision(item) for item in precision.split(",")]

@@ -114,7 +114,7 @@ def distill(
     from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
 
-    device = options.resolve_device(device, threads)
+    device = options.image_device(device, threads)
     nfes = options.parse_integers("--nfe", nfe)
     if warm_start:
         nfes = sorted(nfes, reverse=True)

@@ -72,6 +72,7 @@ def evaluate(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 256,
     precision: options.SamplingPrecision = "fp32",
+    kernels: options.Kernels = "auto",
     compiled: options.Compile = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
@@ -99,9 +100,10 @@ def evaluate(
 
     if max_fid is not None and math.isnan(max_fid):  # older Typers let it pass `min`
         raise InputError("--max-fid nan would let everything pass: name a number")
-    device = options.resolve_device(device, threads)
+    device = options.image_device(device, threads)
     solving: dict[str, Any] = {"solver": solver, "spacing": spacing, "order": order, "clip": clip}
     solving["precision"] = options.check_precision(precision, device)
+    solving["kernels"] = kernels
     solving |= {
         "label": label,
         "compiled": compiled,
@@ -157,6 +159,7 @@ def _open_samples(
     path = None if samples == "shipped" else Path(samples)
     directory = path is not None and path.is_dir() and ((path / "unet").is_dir() or find_students(path))
     if path is None or solver or directory or is_student_file(path):
+        solving = solving | {"kernels": options.resolve_kernels(solving["kernels"], device, solving["compiled"])}
         with console.guarded_stdout():  # of a user's own file
             sampler = open_sampler(path, nfe, device=device, **solving)
         drawn = {"sampler": sampler.name, "nfe": sampler.nfe, "model": sampler.description}
@@ -168,6 +171,7 @@ def _open_samples(
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
     given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")}
     given |= {"class": solving["label"], "compile": solving["compiled"]}
+    given["kernels"] = None if solving["kernels"] == "auto" else solving["kernels"]
     for name, value in given.items():
         if value not in (None, False, "fp32"):
             raise InputError(

@@ -9,6 +9,7 @@ from hsivi_cli.cli import console
 from hsivi_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from hsivi_cli.kernels.choice import Kernels as KernelChoice
     from hsivi_cli.targets.score_net import NetworkOptions
 
 
@@ -77,7 +78,7 @@ Compile = Annotated[
 ]
 Kernels = Annotated[
     str,
-    typer.Option("--kernels", help="auto: fused Triton kernels on a GPU that can run them; triton or torch: insist."),
+    typer.Option("--kernels", help="auto: fused, by Triton on a GPU that can run it; triton or torch: insist."),
 ]
 Network = Annotated[
     str | None,
@@ -132,6 +133,16 @@ def resolve_device(device: str, threads: int = 0) -> str:
     return device
 
 
+def image_device(device: str, threads: int = 0) -> str:
+    """As `resolve_device`, for commands that run image networks: on a CPU, activations' memory is kept for the next."""
+    from hsivi_cli.engine.allocator import keep_freed_memory
+
+    place = resolve_device(device, threads)
+    if place == "cpu":
+        keep_freed_memory()
+    return place
+
+
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`; otherwise raise InputError naming them."""
 
@@ -182,10 +193,10 @@ def network_options(
     return NetworkOptions(network, (sides[0], sides[1], sides[2]) if sides else None, fields)
 
 
-def resolve_kernels(value: str, device: str, compiled: bool = False) -> Literal["triton", "torch"]:
+def resolve_kernels(value: str, device: str, compiled: bool = False) -> "KernelChoice":
     """Turn `auto` into what runs on this device and agrees with torch there, a moment's check.
 
-    Raises InputError for `triton` where it cannot run.
+    On a CPU it stays `auto`: fused modules that torch computes. Raises InputError for `triton` where it cannot run.
     """
     import torch
 
@@ -197,7 +208,7 @@ def resolve_kernels(value: str, device: str, compiled: bool = False) -> Literal[
             raise InputError("--kernels triton and --compile are two ways to the same end: choose one of them")
         return "torch"
     if not use_triton(choice, torch.empty(0, device=device)):
-        return "torch"
+        return "auto" if choice == "auto" and device == "cpu" else "torch"
     from hsivi_cli.kernels.agreement import agrees
 
     return "triton" if choice == "triton" or agrees(torch.device(device)) else "torch"

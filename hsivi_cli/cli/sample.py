@@ -126,7 +126,7 @@ def sample(
     from hsivi_cli.io.samples import write_samples
     from hsivi_cli.methods.sampling import open_sampler
 
-    device = options.resolve_device(device, threads)
+    device = options.image_device(device, threads)
     student = None if student == Path("shipped") else student  # the word that hsivi evaluate knows too
     in_precision = options.check_precision(precision, device)
     with_kernels = options.resolve_kernels(kernels, device, compiled)

@@ -58,7 +58,7 @@ def train(
     from hsivi_cli.io.samples import write_grid
     from hsivi_cli.methods import ddpm, training
 
-    device = options.resolve_device(device, threads)
+    device = options.image_device(device, threads)
     options.check_choice("--schedule", schedule, tuple(training.SCHEDULES))
     images = read_images(data)
     pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()

@@ -1,7 +1,8 @@
 """Swap fused operations into a diffusers UNet and back; the parameters stay where they are, and so does the state dict.
 
-Of a `UNet2DModel`, every `ResnetBlock2D` with SiLU (both its norms, and the time embedding between them) and the output
-norm with its SiLU are swapped. An attention's norm has no SiLU behind it and stays.
+Of a `UNet2DModel`, every `ResnetBlock2D` with SiLU (both its norms, and the time embedding between them), the output
+norm with its SiLU, and every upsampling with the convolution behind it are swapped. An attention's norm has no SiLU
+behind it and stays.
 """
 
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from hsivi_cli.kernels.agreement import agrees
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.kernels.group_norm_silu import group_norm_silu
+from hsivi_cli.kernels.upsampling import summed_kernel, upsample_convolve
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -55,6 +58,23 @@ class FusedGroupNormSiLU(nn.GroupNorm):
         return _norm_silu(self, input, self.kernels)
 
 
+class FusedUpsample2D(Upsample2D):
+    """diffusers' upsampling and its convolution as one transposed convolution, on a CPU; made by `fuse`.
+
+    On a GPU it is diffusers' own: whether cuDNN gains by it was not measured.
+    """
+
+    kernel: Tensor | None  # of weights that do not change for a while; else it is made anew in each call
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """As the module's own, for those that `upsamples` lets through."""
+        if hidden_states.device.type != "cpu" or output_size is not None:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        convolution = convolution_of(self)
+        kernel = summed_kernel(convolution.weight) if self.kernel is None else self.kernel
+        return upsample_convolve(hidden_states, kernel, convolution.bias)
+
+
 class FusedIdentity(nn.Identity):
     """Where the SiLU was that the norm before it now does."""
 
@@ -74,6 +94,22 @@ def fusible(block: nn.Module) -> bool:
     )
 
 
+def upsamples(module: nn.Module) -> bool:
+    """Whether `fuse` knows this upsampling: to twice the size, by a 3 x 3 convolution without anything special."""
+    if type(module) is not Upsample2D or not (module.interpolate and module.use_conv) or module.use_conv_transpose:
+        return False
+    convolution = convolution_of(module)
+    plain = (convolution.kernel_size, convolution.stride, convolution.dilation) == ((3, 3), (1, 1), (1, 1))
+    zeros = convolution.padding == (1, 1) and convolution.padding_mode == "zeros"
+    return module.norm is None and type(convolution) is nn.Conv2d and plain and zeros and convolution.groups == 1
+
+
+def convolution_of(upsample: Upsample2D) -> nn.Conv2d:
+    """The convolution behind an upsampling, whatever diffusers calls it there."""
+    convolution: nn.Conv2d = upsample.conv if upsample.name == "conv" else upsample.Conv2d_0
+    return convolution
+
+
 def fuse(unet: "UNet2DModel", kernels: Kernels = "auto") -> int:
     """Swap fused modules in, in place; returns how many norms are fused now. `unfuse` undoes it.
 
@@ -90,6 +126,9 @@ def fuse(unet: "UNet2DModel", kernels: Kernels = "auto") -> int:
             module.__class__ = FusedResnetBlock2D
             module.kernels = kernels
             fused += 2
+        elif upsamples(module):
+            module.__class__ = FusedUpsample2D
+            module.kernel = None
     norm: nn.Module | None = getattr(unet, "conv_norm_out", None)  # a user's own network has none
     if norm is not None and type(norm) is nn.GroupNorm and norm.affine and type(unet.conv_act) is nn.SiLU:
         norm.__class__ = FusedGroupNormSiLU
@@ -106,6 +145,9 @@ def unfuse(unet: "UNet2DModel") -> None:
         if isinstance(module, FusedResnetBlock2D):
             module.__class__ = ResnetBlock2D
             del module.kernels
+        elif isinstance(module, FusedUpsample2D):
+            module.__class__ = Upsample2D
+            del module.kernel
     norm: nn.Module | None = getattr(unet, "conv_norm_out", None)
     if isinstance(norm, FusedGroupNormSiLU):
         del norm.kernels
@@ -115,10 +157,16 @@ def unfuse(unet: "UNet2DModel") -> None:
 
 @contextmanager
 def fused(unet: "UNet2DModel", kernels: Kernels = "auto", channels_last: bool = False) -> Iterator["UNet2DModel"]:
-    """The UNet with fused modules, and its own again afterwards; the weights' memory format stays `channels_last`."""
+    """The UNet with fused modules, and its own again afterwards; the weights' memory format stays `channels_last`.
+
+    The weights must not change meanwhile.
+    """
     fuse(unet, kernels)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
+    for module in unet.modules():
+        if isinstance(module, FusedUpsample2D) and next(module.parameters()).device.type == "cpu":
+            module.kernel = summed_kernel(convolution_of(module).weight.detach())
     try:
         yield unet
     finally:

@@ -66,7 +66,7 @@ def composite(
     h = F.group_norm(x, groups, weight, bias, eps)
     if scale is not None and shift is not None:
         h = h * (1 + scale.reshape(*scale.shape, *ones)) + shift.reshape(*shift.shape, *ones)
-    return F.silu(h)
+    return F.silu(h, inplace=not h.requires_grad)  # h is ours alone: one activation less to allocate
 
 
 @jit()

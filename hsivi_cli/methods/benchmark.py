@@ -19,6 +19,7 @@ from hsivi_cli.engine.timing import Timing, copy_bandwidth, matmul_rate, time_si
 from hsivi_cli.io.files import atomic_file
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.methods import hsivi_sm
+from hsivi_cli.methods.benchmark_peer import PipelineProcess, pipeline_call
 from hsivi_cli.methods.graphed import GraphedChain, graphable
 from hsivi_cli.methods.student import Student, sample_student, walk_chain
 from hsivi_cli.networks.noise_prediction import predict_eps, sample_labels
@@ -73,11 +74,17 @@ def measure_machine(device: torch.device, precisions: list[Precision]) -> Machin
 def run_case(case: Case, machine: Machine, repeats: int, device: torch.device) -> list[Row]:
     """Measure all sides of a case."""
     rows = []
-    for side, timing in time_sides(case.sides, repeats, device, case.inner).items():
+    try:
+        timings = time_sides(case.sides, repeats, device, case.inner)
+    finally:
+        for side in case.sides.values():
+            if isinstance(side, PipelineProcess):
+                side.close()
+    for name, timing in timings.items():
         bandwidth = case.bytes / timing.median / machine.copy_bytes_per_second if case.bytes else None
         rate = machine.matmul_flops_per_second[case.precision]
         matmul = case.flops / timing.median / rate if case.flops else None
-        rows.append(Row(case.name, side, case.batch, case.precision, timing, bandwidth, matmul))
+        rows.append(Row(case.name, name, case.batch, case.precision, timing, bandwidth, matmul))
     return rows
 
 
@@ -105,14 +112,11 @@ def cifar_student(device: torch.device, nfe: int = 10) -> Student:
 
 def sample_case(student: Student, batch: int, precision: Precision, compile_modes: tuple[str, ...] = ()) -> Case:
     """Whole sampling: ours, the plain loop, the loop with a compiled network, and diffusers' pipeline as it comes."""
-    from diffusers import DDIMPipeline, DDIMScheduler
+    from diffusers import ModelMixin
 
     device = next(student.unet.parameters()).device
     # the fused copy is ours alone: the other sides must see the network as diffusers made it
     mine = dataclasses.replace(student, unet=copy.deepcopy(student.unet))
-    pipeline = DDIMPipeline(student.unet, DDIMScheduler.from_config(student.schedule.config))
-    pipeline.set_progress_bar_config(disable=True)
-
     labels = sample_labels(student.classes, range(batch), student.label, device)
 
     def noise(i: int) -> PhiloxStreams:
@@ -128,17 +132,12 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
 
         return walk_chain(eps, student.log_gamma, student.layers, lambda: draws.draw(student.shape))
 
-    def run_pipeline(i: int) -> None:
-        with autocast(precision, device):
-            pipeline(batch, torch.Generator(device).manual_seed(i), num_inference_steps=student.nfe, output_type="np")
-
     def replay(chain: Any, i: int) -> Tensor:
         return chain.run(noise(i).streams)
 
     sides: dict[str, Callable[[int], Any]] = {
         OURS: lambda i: sample_student(mine, noise(i), precision, "auto"),
         EAGER: lambda i: loop(student.unet, i),
-        PIPELINE: run_pipeline,
     }
     for mode in compile_modes:
         compiled: Any = torch.compile(copy.deepcopy(student.unet), mode=mode, dynamic=False)
@@ -150,6 +149,9 @@ def sample_case(student: Student, batch: int, precision: Precision, compile_mode
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         student.unet(torch.zeros(batch, *student.shape, device=device), 1)
     sides = {name: torch.no_grad()(side) for name, side in sides.items()}
+    alone = device.type == "cpu" and isinstance(student.unet, ModelMixin)  # a user's own network cannot be handed over
+    peer = PipelineProcess if alone else pipeline_call
+    sides[PIPELINE] = peer(student.unet, student.schedule.config, student.nfe, batch, precision)
     return Case(f"sample, NFE {student.nfe}", batch, precision, sides, flops=student.nfe * counter.get_total_flops())
 
 
@@ -194,8 +196,8 @@ def distill_case(student: Student, batch: int, precision: Precision, compile_mod
         return run
 
     sides = {EAGER: step("torch")} | {f"compile ({mode})": step("torch", mode) for mode in compile_modes}
-    if triton_can_run(student.log_gamma):
-        sides = {OURS: step("triton")} | sides
+    if triton_can_run(student.log_gamma) or device.type == "cpu":
+        sides = {OURS: step("auto")} | sides
     return Case(f"distillation step, NFE {student.nfe}", batch, precision, sides)
 
 

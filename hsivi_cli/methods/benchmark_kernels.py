@@ -18,6 +18,7 @@ from hsivi_cli.kernels.hsivi_step import hsivi_step, step_reference
 from hsivi_cli.kernels.philox import Draw, normals, normals_triton
 from hsivi_cli.kernels.samples import per_sample
 from hsivi_cli.kernels.student_loss import fisher_reference, student_sums, surrogate_reference
+from hsivi_cli.kernels.upsampling import summed_kernel, upsample_convolve, upsample_convolve_reference
 from hsivi_cli.methods.benchmark import DTYPES, EAGER, LINEAR, OURS, Case
 from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coefficients
 
@@ -51,6 +52,7 @@ def kernel_cases(
         yield Case(f"GroupNorm + SiLU + temb, {label}", batch, precision, norm[0], 2 * nbytes, inner=inner)
         # forward: x in, y out; backward: x and dy in, dx out
         yield Case(f"its forward and backward, {label}", batch, precision, norm[1], 5 * nbytes, inner=inner)
+    yield upsampling_case(device, batch, precision, shape, count, inner)
     images = [torch.randn(2, batch, 3, *shape[1:], device=device) for _ in range(count)]
     streams = PhiloxStreams(0, range(batch), device).streams
     step: dict[str, Any] = {"a": 1.01, "b": -0.2, "c1": 0.1, "streams": streams}
@@ -62,6 +64,23 @@ def kernel_cases(
     yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * nbytes, inner=inner)
     for name, (passes, sides) in loss_sides(device, batch, (3, *shape[1:]), count, compiled).items():
         yield Case(name, batch, "fp32", sides, passes * nbytes, inner=inner)
+
+
+def upsampling_case(
+    device: torch.device, batch: int, precision: Precision, shape: tuple[int, int, int], count: int, inner: int
+) -> Case:
+    """Upsampling to `shape` and its convolution, as one transposed convolution and as two operations."""
+    channels, height, width = shape
+    dtype = DTYPES[precision]
+    small = [torch.randn(batch, channels, height // 2, width // 2, device=device).to(dtype) for _ in range(count)]
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    bias, kernel = torch.zeros(channels, device=device, dtype=dtype), summed_kernel(weight)
+    sides: dict[str, Side] = {
+        OURS: lambda i: upsample_convolve(small[i % count], kernel, bias),
+        EAGER: lambda i: upsample_convolve_reference(small[i % count], weight, bias),
+    }
+    nbytes, flops = 5 * small[0].numel() * dtype.itemsize, 2 * 16 * small[0].numel() * channels
+    return Case("upsampling + convolution", batch, precision, sides, nbytes, flops, inner)
 
 
 def loss_sides(

@@ -40,8 +40,9 @@ from hsivi_cli.engine.optimisation import (
 )
 from hsivi_cli.engine.seeds import PhiloxStreams, StepDraws
 from hsivi_cli.errors import InputError
-from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.choice import Kernels
 from hsivi_cli.kernels.comparison import compare
+from hsivi_cli.kernels.convert import fuse
 from hsivi_cli.kernels.philox import Draw
 from hsivi_cli.kernels.student_loss import Loss
 from hsivi_cli.methods.student import Student, chain_states, sample_student
@@ -151,12 +152,10 @@ def check_donor(teacher: ScoreNet, donor: Student) -> None:
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:
     """Student and critic start as copies of the teacher; the student may start from another student instead.
 
-    With `config.kernels` the norms of all three networks are fused, the teacher's in place; `config.compiled` compiles
-    them in place too, which leaves the names in their state dicts as they are.
+    With `config.kernels` other than "torch" all three networks get fused modules, the teacher in place;
+    `config.compiled` compiles them in place too, which leaves the names in their state dicts as they are.
     """
-    if use_triton(config.kernels, next(target.unet.parameters())):
-        from hsivi_cli.kernels.convert import fuse
-
+    if config.kernels != "torch":
         fuse(target.unet, config.kernels)
     student = copy.deepcopy(target.unet)
     if warm_start is not None:

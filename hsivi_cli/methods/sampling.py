@@ -1,5 +1,6 @@
 """Images from a student or from a solver on its teacher, behind one small object, so that both are measured alike."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
-from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.choice import Kernels
+from hsivi_cli.kernels.convert import fused
 from hsivi_cli.methods.student import DESCRIPTION, Student, find_students, load_student, sample_student, select_student
 from hsivi_cli.networks.compiled import CompiledNetwork
 from hsivi_cli.networks.noise_prediction import sample_labels
@@ -169,11 +171,7 @@ def solver_sampler(
                 return score_net.eps(x, t, labels)
 
         draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
-        if not use_triton(kernels, next(score_net.unet.parameters())):
-            return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
-        from hsivi_cli.kernels.convert import fused
-
-        with fused(score_net.unet, kernels):
+        with fused(score_net.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
             return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])

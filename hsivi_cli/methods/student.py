@@ -26,6 +26,7 @@ from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import asset, atomic_directory, check_sums, read_json, write_json, write_sums
 from hsivi_cli.io.run_directory import CONFIG, check_free, lock_run
 from hsivi_cli.kernels.choice import Kernels, use_triton
+from hsivi_cli.kernels.convert import fused
 from hsivi_cli.networks.noise_prediction import PlainNetwork, class_count, predict_eps, sample_labels
 from hsivi_cli.targets.network_files import WEIGHTS, image_shape, load_network, save_network
 from hsivi_cli.transitions.gaussian_layer import LayerCoefficients, layer_coefficients, layer_mean, layer_std
@@ -93,8 +94,8 @@ def sample_student(
 ) -> Float[Tensor, "n c h w"]:
     """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise.
 
-    Where Triton can run, `kernels` other than "torch" fuses the network's norms for as long as this takes, and the
-    layers, noise included. The images are the same up to rounding.
+    `kernels` other than "torch" swaps fused modules into the network for as long as this takes; where Triton can run,
+    the layers are fused too, noise included. The images are the same up to rounding.
     """
     first = next(student.unet.parameters())
     device = first.device
@@ -106,12 +107,10 @@ def sample_student(
             return predict_eps(student.unet, x, t, student.schedule, labels)
 
     log_gamma = student.log_gamma.to(device)
-    if not use_triton(kernels, first):
+    with fused(student.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
+        if use_triton(kernels, first):
+            return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
         return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))
-    from hsivi_cli.kernels.convert import fused
-
-    with fused(student.unet, kernels):
-        return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
 
 
 def walk_fused(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hsivi_cli.kernels.convert import fuse
+
 # weights as constants, packed as the CPU's convolutions like them; another layout of activations gains nothing more
 FROZEN: dict[str, Any] = {"freezing": True, "layout_optimization": False}
 
@@ -22,6 +24,8 @@ class CompiledNetwork(nn.Module):
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no CUDA is no news
         self.net = net
         on_cpu = next(net.parameters()).device.type == "cpu"
+        if on_cpu:
+            fuse(net, "torch")  # fewer operations; the norms are the compiler's
         self.compiled = torch.compile(net, dynamic=False, options=FROZEN if on_cpu else None)
         self.size: int | None = None
 

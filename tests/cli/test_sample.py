@@ -32,7 +32,7 @@ def test_json_says_what_made_the_images(tiny_teacher, tmp_path, capsys):
     assert (payload["out"], payload["n"], payload["nfe"]) == (out, 4, 10)
     assert payload["sampler"]["spacing"] == "leading"
     assert payload["images_per_second"] > 0
-    assert payload["kernels"] == "torch"
+    assert payload["kernels"] == ("auto" if payload["device"] == "cpu" else "torch")
     assert "ddim (leading)" in story
 
 
@@ -43,6 +43,16 @@ def test_solver_options_reach_the_solver(tiny_teacher, tmp_path, capsys):
     sampler = json.loads(result)["sampler"]
     assert (sampler["spacing"], sampler["order"], sampler["clip"]) == ("quad", 3, True)
     assert "dpm++ (quad, order 3, clipped), NFE 5" in story
+
+
+def test_fused_modules_draw_the_same_images(tiny_student, tmp_path):
+    files = [tmp_path / f"{kernels}.npy" for kernels in ("auto", "torch")]
+    for file in files:
+        argv = ["sample", str(tiny_student), "-n", "5", "--device", "cpu", "--kernels", file.stem, "--out", str(file)]
+        assert main(argv) == 0
+    fused, plain = (np.load(file).astype(int) for file in files)
+    assert abs(fused - plain).max() <= 1
+    assert (fused != plain).mean() < 0.01
 
 
 def test_prints_the_path(tiny_student, tmp_path, capsys):

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from hsivi_cli.kernels.convert import FusedResnetBlock2D, fuse, fused, unfuse
+from hsivi_cli.kernels.convert import FusedResnetBlock2D, FusedUpsample2D, fuse, fused, unfuse
 
 SMALL = {
     "sample_size": 8,
@@ -100,3 +100,43 @@ def test_the_context_gives_the_unet_back_whatever_happens():
         assert isinstance(unet.mid_block.resnets[0], FusedResnetBlock2D)
         raise RuntimeError("on purpose")
     assert type(unet.mid_block.resnets[0]) is ResnetBlock2D
+
+
+def test_upsampling_is_one_transposed_convolution(monkeypatch):
+    unet = make()
+    x, calls = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), []
+    transposed = nn.functional.conv_transpose2d
+    count = lambda *given, **more: calls.append(given[0].shape) or transposed(*given, **more)  # noqa: E731
+    monkeypatch.setattr(nn.functional, "conv_transpose2d", count)
+    with torch.no_grad():
+        want = unet(x, 5).sample
+        assert not calls
+        with fused(unet):
+            (module,) = (m for m in unet.modules() if isinstance(m, FusedUpsample2D))
+            assert module.kernel is not None
+            torch.testing.assert_close(unet(x, 5).sample, want, rtol=0, atol=1e-5)
+            assert calls == [(2, 16, 4, 4)]
+            odd = module(torch.ones(1, 16, 4, 4), output_size=(7, 7))  # another size is diffusers' own business
+        assert odd.shape == (1, 16, 7, 7)
+        assert not hasattr(module, "kernel")
+        assert len(calls) == 1
+
+
+def test_in_training_the_summed_kernel_follows_the_weights():
+    unet, plain = make(), make()
+    fuse(unet)
+    for network in (unet, plain):
+        optimiser = torch.optim.SGD(network.parameters(), 1e-2)
+        run(network)
+        optimiser.step()
+    torch.testing.assert_close(run(unet)[0], run(plain)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("break_it", [{"padding_mode": "reflect"}, {"dilation": (2, 2)}, {"kernel_size": (5, 5)}])
+def test_upsampling_with_another_convolution_is_left_alone(break_it):
+    unet = make()
+    (module,) = (m for m in unet.modules() if type(m).__name__ == "Upsample2D")
+    for name, value in break_it.items():
+        setattr(module.conv, name, value)
+    fuse(unet)
+    assert not isinstance(module, FusedUpsample2D)
