@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from hsivi_cli.kernels.choice import Kernels
     from hsivi_cli.kernels.philox import Draw
 
 ROWS = 2**32  # what a training step's rows are counted below; steps are the word above
@@ -89,13 +90,15 @@ class PhiloxStreams:
         """Begin again with draw number 0."""
         self._drawn = 0
 
-    def draw(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> Float[Tensor, " n *shape"]:
+    def draw(
+        self, shape: tuple[int, ...], device: torch.device | str | None = None, kernels: "Kernels" = "torch"
+    ) -> Float[Tensor, " n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32; the streams move to `device` and stay there."""
         from hsivi_cli.kernels.philox import normals
 
         if device is not None:
             self.streams = self.streams.to(device)
-        return normals(self.streams, self.take(), shape)
+        return normals(self.streams, self.take(), shape, kernels=kernels)
 
 
 class StepDraws:

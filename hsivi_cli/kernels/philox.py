@@ -18,7 +18,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.kernels.runtime import jit, tl
+from hsivi_cli.kernels.samples import BLOCK, MOST
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -43,10 +45,12 @@ class Draw:
     number: int
     _made: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def normals(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Float[Tensor, " n *shape"]:
+    def normals(
+        self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, kernels: Kernels = "torch"
+    ) -> Float[Tensor, " n *shape"]:
         """The draw itself, made once."""
         if (shape, dtype) not in self._made:
-            self._made[shape, dtype] = normals(self.streams, self.number, shape, dtype)
+            self._made[shape, dtype] = normals(self.streams, self.number, shape, dtype, kernels)
         return self._made[shape, dtype]
 
     def part(self, rows: slice) -> "Draw":
@@ -76,9 +80,18 @@ def box_muller(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def normals(
-    streams: Int64[Tensor, "n 2"], layer: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    streams: Int64[Tensor, "n 2"],
+    layer: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    kernels: Kernels = "torch",
 ) -> Float[Tensor, " n *shape"]:
-    """Standard normals of one layer for every stream, on the streams' device; float64 is the kernels' reference."""
+    """Standard normals of one layer for every stream, on the streams' device; float64 is the kernels' reference.
+
+    By torch they take some 200 operations, which a GPU would have to be told one by one: `kernels` makes it one.
+    """
+    if dtype == torch.float32 and math.prod(shape) <= MOST and use_triton(kernels, streams):
+        return normals_triton(streams, layer, shape)
     elements = math.prod(shape)
     blocks = (elements + 3) // 4
     block = torch.arange(blocks, device=streams.device)[None]
@@ -139,7 +152,7 @@ def normals_kernel(out, streams, layer, elements, BLOCK: tl.constexpr):
 
 
 def normals_triton(
-    streams: Int64[Tensor, "n 2"], layer: int, shape: tuple[int, ...], block: int = 256
+    streams: Int64[Tensor, "n 2"], layer: int, shape: tuple[int, ...], block: int = BLOCK
 ) -> Float[Tensor, " n *shape"]:
     """As `normals` in float32, by one kernel."""
     elements = math.prod(shape)

@@ -8,12 +8,13 @@ from hsivi_cli.kernels.choice import Kernels, use_triton
 from hsivi_cli.kernels.runtime import jit, tl
 
 BLOCK = 256  # Philox blocks, of four elements each, that a program has
+MOST = 65535 * 4 * BLOCK  # elements of a sample: the grid's second axis ends there
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(kernels: Kernels, *tensors: Tensor) -> bool:
     """Whether a kernel takes these batches of images; raises InputError where `kernels` insists and none can run."""
-    fits = all(v.ndim == 4 and v.dtype in DTYPES and v.numel() > 0 and v[0].numel() < 2**31 for v in tensors)
+    fits = all(v.ndim == 4 and v.dtype in DTYPES and v.numel() > 0 and v[0].numel() <= MOST for v in tensors)
     return fits and use_triton(kernels, tensors[0])
 
 

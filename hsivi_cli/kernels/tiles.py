@@ -23,10 +23,10 @@ class Plan:
     warps: int
 
 
-def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int, tile: int, a_warp: int = 512) -> Plan:
+def make_plan(shape: torch.Size, groups: int, channels_last: bool, itemsize: int, tile: int) -> Plan:
     """Tiles for an activation `shape` in memory order NCHW or channels_last.
 
-    `tile` is what a program keeps in registers at most, `a_warp` what a warp has of it: more needs more registers.
+    `tile` is what a program keeps in registers at most.
     """
     samples, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     per_group = channels // groups

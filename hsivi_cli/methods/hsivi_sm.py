@@ -238,7 +238,7 @@ def roll_out(state: DistillState, draws: StepDraws, chains: range) -> Rollout:
         lambda x, t: _eps(state, state.student, x, t, labels),
         state.log_gamma,
         state.layers,
-        lambda: draws.take(chains).normals(shape),
+        lambda: draws.take(chains).normals(shape, kernels=config.kernels),
     )
     labels = None if labels is None else labels.repeat(state.layers.nfe)
     if not config.rollout_cache:

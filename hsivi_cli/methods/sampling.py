@@ -34,14 +34,14 @@ QUANTISATION = "uint8, round((clamp(x, -1, 1) + 1) * 127.5)"
 class Sampler:
     """Something that turns noise into images at a fixed cost.
 
-    `run(noise)` returns one image a stream, shape `(n, c, h, w)`, in about [-1, 1]; `shape` is `(c, h, w)`;
-    `description` is plain JSON that says what made the images.
+    `run(noise)` returns one image a stream, shape `(n, c, h, w)` and in about [-1, 1], or `(n, h, w, c)` in uint8;
+    `shape` is `(c, h, w)`; `description` is plain JSON that says what made the images.
     """
 
     name: str
     nfe: int
     shape: tuple[int, int, int]
-    run: Callable[[PhiloxStreams], Float[Tensor, "n c h w"]]
+    run: Callable[[PhiloxStreams], Tensor]
     description: dict[str, Any]
     compiles: bool = False  # during the first batch, which says nothing then about the pace
 
@@ -124,7 +124,7 @@ def student_sampler(student: Student, precision: Precision = "fp32", kernels: Ke
         "quantisation": QUANTISATION,
     } | _labelled(student.classes, student.label)
     name = f"HSIVI student, NFE {student.nfe}"
-    run = lambda noise: sample_student(student, noise, precision, kernels)  # noqa: E731
+    run = lambda noise: sample_student(student, noise, precision, kernels, pixels=True)  # noqa: E731
     return Sampler(name, student.nfe, student.shape, run, description, isinstance(student.unet, CompiledNetwork))
 
 
@@ -211,13 +211,15 @@ def draw_images(
         yield images.numpy()
 
 
-def to_uint8(images: Float[Tensor, "n c h w"]) -> UInt8[np.ndarray, "n h w c"]:
-    """Quantise images in [-1, 1] by rounding to the nearest of 256 levels; values outside are clamped."""
+def to_uint8(images: Float[Tensor, "n c h w"] | UInt8[Tensor, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
+    """Quantise images in [-1, 1], clamped, by rounding to the nearest of 256 levels; those in uint8 are left so."""
+    if images.dtype == torch.uint8:
+        return images.contiguous().cpu().numpy()
     levels = (images.float().clamp(-1, 1) + 1) * 127.5
     return levels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _run(sampler: Sampler, noise: PhiloxStreams, start: int) -> Float[Tensor, "n c h w"]:
+def _run(sampler: Sampler, noise: PhiloxStreams, start: int) -> Tensor:
     with torch.inference_mode():
         images = sampler.run(noise)
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()

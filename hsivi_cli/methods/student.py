@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 import hsivi_cli
@@ -90,12 +90,17 @@ class Student:
 
 @torch.no_grad()
 def sample_student(
-    student: Student, noise: PhiloxStreams, precision: Precision = "fp32", kernels: Kernels = "torch"
-) -> Float[Tensor, "n c h w"]:
+    student: Student,
+    noise: PhiloxStreams,
+    precision: Precision = "fp32",
+    kernels: Kernels = "torch",
+    pixels: bool = False,
+) -> Float[Tensor, "n c h w"] | UInt8[Tensor, "n h w c"]:
     """Walk the chain from `x_K ~ N(0, I)` to images in about [-1, 1]; the last layer adds no noise.
 
     `kernels` other than "torch" swaps fused modules into the network for as long as this takes; where Triton can run,
-    the layers are fused too, noise included. The images are the same up to rounding.
+    the layers are fused too, noise included, and with `pixels` the last one quantises. The images are the same up to
+    rounding.
     """
     first = next(student.unet.parameters())
     device = first.device
@@ -109,7 +114,7 @@ def sample_student(
     log_gamma = student.log_gamma.to(device)
     with fused(student.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
         if use_triton(kernels, first):
-            return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels)
+            return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels, pixels)
         return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))
 
 
@@ -120,15 +125,21 @@ def walk_fused(
     shape: tuple[int, ...],
     noise: PhiloxStreams,
     kernels: Kernels = "auto",
-) -> Float[Tensor, " n *shape"]:
-    """As `walk_chain`, each layer in one pass that draws its own noise."""
-    from hsivi_cli.kernels.hsivi_step import hsivi_step
+    pixels: bool = False,
+) -> Float[Tensor, " n *shape"] | UInt8[Tensor, "n h w c"]:
+    """As `walk_chain`, each layer in one pass that draws its own noise.
 
-    x = noise.draw(shape, log_gamma.device)
+    With `pixels` the last one writes the pictures, unless something is not finite: then it leaves what that came to.
+    """
+    from hsivi_cli.kernels.hsivi_step import final_step, hsivi_step
+
+    x = noise.draw(shape, log_gamma.device, kernels)
     for layer in range(layers.nfe, 0, -1):
         eps = student_eps(x, layers.times[layer])
         a, b, c1 = (float(v[layer]) for v in (layers.A, layers.B, layers.c1))
         if layer == 1:
+            if pixels and bool((x + eps).isfinite().all()):
+                return final_step(x, eps, a, b, kernels)
             return hsivi_step(x, eps, a, b, kernels=kernels)
         gamma = log_gamma[layer - 1] if log_gamma.ndim == x.ndim else log_gamma
         x = hsivi_step(x, eps, a, b, c1, gamma, noise.streams, noise.take(), kernels)

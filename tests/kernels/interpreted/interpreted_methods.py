@@ -8,7 +8,10 @@ from diffusers import UNet2DModel
 
 from hsivi_cli.bridges.schedule import schedule_from_config
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
+from hsivi_cli.errors import RunError
+from hsivi_cli.kernels import hsivi_step
 from hsivi_cli.methods import hsivi_sm
+from hsivi_cli.methods.sampling import draw_images, student_sampler
 from hsivi_cli.methods.student import Student, sample_student
 from hsivi_cli.targets.score_net import ScoreNet
 
@@ -68,7 +71,7 @@ def test_a_training_step_has_the_same_losses():
 )
 def test_losses_stay_the_same_over_steps(objective, log_gamma, monkeypatch):
     # the norms' kernels are left out: they take the interpreter a second each forward
-    monkeypatch.setattr(hsivi_sm, "use_triton", lambda *a: False)
+    monkeypatch.setattr(hsivi_sm, "fuse", lambda *a: None)
     steps, metrics = 6, {}
     for kernels in ("torch", "triton"):
         settings = {"objective": objective, "log_gamma": log_gamma, "steps": steps, "batch": 3, "rollout": 2}
@@ -77,3 +80,17 @@ def test_losses_stay_the_same_over_steps(objective, log_gamma, monkeypatch):
         metrics[kernels] = torch.tensor([list(m.values()) for m in found], dtype=torch.float64)
     torch.testing.assert_close(metrics["triton"], metrics["torch"], rtol=2e-4, atol=1e-6)
     assert not torch.equal(metrics["triton"], metrics["torch"])  # or no kernel ran
+
+
+def test_pictures_come_from_the_last_kernel_and_broken_ones_are_found(monkeypatch):
+    student = Student(make_unet(), torch.tensor(0.1), (0, 200, 800), 0.5, SCHEDULE, {})
+    quantised = []
+    last = hsivi_step.final_step
+    monkeypatch.setattr(hsivi_step, "final_step", lambda *given: quantised.append(1) or last(*given))
+    lots = [next(draw_images(student_sampler(student, kernels=kernels), 3, 1, 3)) for kernels in ("triton", "torch")]
+    assert quantised == [1]
+    assert abs(lots[0].astype(int) - lots[1]).max() <= 1
+    student.unet.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(RunError, match="image 0 has values that are not finite"):
+        next(draw_images(student_sampler(student, kernels="triton"), 3, 1, 3))
+    assert quantised == [1]
