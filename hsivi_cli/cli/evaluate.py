@@ -74,6 +74,7 @@ def evaluate(
     precision: options.SamplingPrecision = "fp32",
     kernels: options.Kernels = "auto",
     compiled: options.Compile = False,
+    graph: options.Graph = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     max_fid: Annotated[
@@ -107,6 +108,7 @@ def evaluate(
     solving |= {
         "label": label,
         "compiled": compiled,
+        "graph": graph,
         "options": options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction),
     }
     source, drawn = _open_samples(samples, nfe, solving, device, num_samples)
@@ -170,7 +172,7 @@ def _open_samples(
     about = solving["options"]
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
     given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")}
-    given |= {"class": solving["label"], "compile": solving["compiled"]}
+    given |= {"class": solving["label"], "compile": solving["compiled"], "graph": solving["graph"]}
     given["kernels"] = None if solving["kernels"] == "auto" else solving["kernels"]
     for name, value in given.items():
         if value not in (None, False, "fp32"):

@@ -80,6 +80,12 @@ Kernels = Annotated[
     str,
     typer.Option("--kernels", help="auto: fused, by Triton on a GPU that can run it; triton or torch: insist."),
 ]
+Graph = Annotated[
+    bool,
+    typer.Option(
+        "--graph", help="A student's whole chain as one CUDA graph: an NVIDIA GPU is told once, not each time."
+    ),
+]
 Network = Annotated[
     str | None,
     typer.Option(

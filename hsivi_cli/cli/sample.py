@@ -64,6 +64,7 @@ def sample(
     precision: options.SamplingPrecision = "fp32",
     kernels: options.Kernels = "auto",
     compiled: options.Compile = False,
+    graph: options.Graph = False,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
@@ -95,7 +96,7 @@ def sample(
         }
         of_images |= {"--network": network, "--shape": shape, "--schedule": schedule, "--prediction": prediction}
         of_images |= {"--beta-start": beta_start, "--beta-end": beta_end, "--timesteps": timesteps}
-        of_images |= {"--clip": clip or None, "--compile": compiled or None}
+        of_images |= {"--clip": clip or None, "--compile": compiled or None, "--graph": graph or None}
         of_images |= {"--precision": None if precision == "fp32" else precision}
         of_images |= {"--kernels": None if kernels == "auto" else kernels}
         for flag, given in of_images.items():
@@ -133,7 +134,19 @@ def sample(
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
     with console.guarded_stdout():  # of a user's own file
         sampler = open_sampler(
-            student, nfe, solver, spacing, device, order, clip, in_precision, with_kernels, about, label, compiled
+            student,
+            nfe,
+            solver,
+            spacing,
+            device,
+            order,
+            clip,
+            in_precision,
+            with_kernels,
+            about,
+            label,
+            compiled,
+            graph,
         )
     destination = processes.from_main(lambda: _open(out, n, sampler.shape, force))
     console.story(f"{n} images with {sampler.name}, seed {seed}, on {_where(device, n, batch_size)}")

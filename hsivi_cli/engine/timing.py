@@ -32,29 +32,40 @@ def time_sides(
     device: torch.device,
     inner: int = 1,
     warmup: int = 2,
+    failed: Callable[[str, Exception], Any] | None = None,
 ) -> dict[str, Timing]:
     """Time every side in turn, `repeats` rounds; a side is called with a running number, to choose its input by.
 
     Each round starts with another side. `inner` calls are timed together, for calls too short for the clock. A side
-    whose work is done by another process has `cpu_seconds()` to say what that has spent.
+    whose work is done by another process has `cpu_seconds()` to say what that has spent; one that does many calls in
+    one has them as `calls`. A side that raises in its
+    first calls is told to `failed(side, error)` and left out; without `failed` it ends all.
     """
-    for side in sides.values():
-        for i in range(warmup):
-            side(i)
-    names = list(sides)
+    names = []
+    for name, side in sides.items():
+        try:
+            for i in range(warmup):
+                side(i)
+            synchronise(device)
+            names.append(name)
+        except Exception as err:  # a compiler, memory that is too small: the others are worth measuring all the same
+            if failed is None:
+                raise
+            failed(name, err)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             side = sides[name]
             cpu_clock: Callable[[], float] = getattr(side, "cpu_seconds", time.process_time)
+            captured: int = getattr(side, "calls", 0)
             synchronise(device)
             cpu_started, started = cpu_clock(), time.perf_counter()
-            for i in range(inner):
+            for i in range(1 if captured else inner):
                 side(turn * inner + i)
             synchronise(device)
-            seconds[name].append((time.perf_counter() - started) / inner)
-            cpu[name].append((cpu_clock() - cpu_started) / inner)
+            seconds[name].append((time.perf_counter() - started) / (captured or inner))
+            cpu[name].append((cpu_clock() - cpu_started) / (captured or inner))
     return {name: summarise(seconds[name], cpu[name]) for name in names}
 
 

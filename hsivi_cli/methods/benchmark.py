@@ -19,7 +19,7 @@ from hsivi_cli.engine.timing import Timing, copy_bandwidth, matmul_rate, time_si
 from hsivi_cli.io.files import atomic_file
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
 from hsivi_cli.methods import hsivi_sm
-from hsivi_cli.methods.benchmark_peer import PipelineProcess, pipeline_call
+from hsivi_cli.methods.benchmark_peer import PipelineProcess, can_be_piped, pipeline_call
 from hsivi_cli.methods.graphed import GraphedChain, graphable
 from hsivi_cli.methods.student import Student, sample_student, walk_chain
 from hsivi_cli.networks.noise_prediction import predict_eps, sample_labels
@@ -71,11 +71,17 @@ def measure_machine(device: torch.device, precisions: list[Precision]) -> Machin
     return Machine(name, copy_bandwidth(device), {p: matmul_rate(device, DTYPES[p]) for p in precisions})
 
 
-def run_case(case: Case, machine: Machine, repeats: int, device: torch.device) -> list[Row]:
-    """Measure all sides of a case."""
+def run_case(
+    case: Case,
+    machine: Machine,
+    repeats: int,
+    device: torch.device,
+    failed: Callable[[str, Exception], Any] | None = None,
+) -> list[Row]:
+    """Measure all sides of a case; `failed(side, error)` is told of sides that cannot do it, which are left out."""
     rows = []
     try:
-        timings = time_sides(case.sides, repeats, device, case.inner)
+        timings = time_sides(case.sides, repeats, device, case.inner, failed=failed)
     finally:
         for side in case.sides.values():
             if isinstance(side, PipelineProcess):
@@ -111,47 +117,59 @@ def cifar_student(device: torch.device, nfe: int = 10) -> Student:
 
 
 def sample_case(student: Student, batch: int, precision: Precision, compile_modes: tuple[str, ...] = ()) -> Case:
-    """Whole sampling: ours, the plain loop, the loop with a compiled network, and diffusers' pipeline as it comes."""
-    from diffusers import ModelMixin
+    """Whole sampling: ours, the plain loop, the loop with a compiled network, and diffusers' pipeline as it comes.
 
+    The peers are what one would write without us: `torch.randn`, and in half precision on a GPU a network in half the
+    bits and channels_last, as our graph has it.
+    """
     device = next(student.unet.parameters()).device
     # the fused copy is ours alone: the other sides must see the network as diffusers made it
     mine = dataclasses.replace(student, unet=copy.deepcopy(student.unet))
+    theirs = copy.deepcopy(student.unet)
+    half = device.type == "cuda" and precision in TYPES
+    if half:
+        theirs = theirs.to(DTYPES[precision]).to(memory_format=torch.channels_last)
     labels = sample_labels(student.classes, range(batch), student.label, device)
 
     def noise(i: int) -> PhiloxStreams:
         return PhiloxStreams(i, range(batch), device)
 
     def loop(network: nn.Module, i: int) -> Tensor:
-        draws = noise(i)
+        generator = torch.Generator(device).manual_seed(i)
+
+        def draw() -> Tensor:
+            return torch.randn(batch, *student.shape, device=device, generator=generator)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
+            if half:
+                x = x.to(DTYPES[precision], memory_format=torch.channels_last)
+                return predict_eps(network, x, t, student.schedule, labels)
             with autocast(precision, device):
                 return predict_eps(network, x, t, student.schedule, labels)
 
-        return walk_chain(eps, student.log_gamma, student.layers, lambda: draws.draw(student.shape))
+        return walk_chain(eps, student.log_gamma, student.layers, draw)
 
-    def replay(chain: Any, i: int) -> Tensor:
-        return chain.run(noise(i).streams)
+    def graphed(channels_last: bool) -> Callable[[int], Tensor]:
+        chain = functools.cache(lambda: GraphedChain(student, batch, precision, channels_last, kernels))
+        return lambda i: chain().run(noise(i).streams)
 
+    kernels: Kernels = "triton" if triton_can_run(student.log_gamma) else "auto"
     sides: dict[str, Callable[[int], Any]] = {
-        OURS: lambda i: sample_student(mine, noise(i), precision, "auto"),
-        EAGER: lambda i: loop(student.unet, i),
+        OURS: lambda i: sample_student(mine, noise(i), precision, kernels),
+        EAGER: lambda i: loop(theirs, i),
     }
     for mode in compile_modes:
-        compiled: Any = torch.compile(copy.deepcopy(student.unet), mode=mode, dynamic=False)
+        compiled: Any = torch.compile(copy.deepcopy(theirs), mode=mode, dynamic=False)
         sides[f"compile ({mode})"] = functools.partial(loop, compiled)
     if device.type == "cuda" and graphable(student):
-        for name, channels_last in {"graph": False, "graph, channels_last": True}.items():
-            chain = GraphedChain(student, batch, precision, channels_last)
-            sides[f"{OURS} ({name})"] = functools.partial(replay, chain)
+        sides |= {f"{OURS} (graph)": graphed(False), f"{OURS} (graph, channels_last)": graphed(True)}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        student.unet(torch.zeros(batch, *student.shape, device=device), 1)
+        predict_eps(student.unet, torch.zeros(batch, *student.shape, device=device), 1, student.schedule, labels)
     sides = {name: torch.no_grad()(side) for name, side in sides.items()}
-    alone = device.type == "cpu" and isinstance(student.unet, ModelMixin)  # a user's own network cannot be handed over
-    peer = PipelineProcess if alone else pipeline_call
-    sides[PIPELINE] = peer(student.unet, student.schedule.config, student.nfe, batch, precision)
+    if can_be_piped(student):
+        given = (theirs, student.schedule.config, student.nfe, batch, "fp32" if half else precision)
+        sides[PIPELINE] = PipelineProcess(*given) if device.type == "cpu" else pipeline_call(*given)
     return Case(f"sample, NFE {student.nfe}", batch, precision, sides, flops=student.nfe * counter.get_total_flops())
 
 

@@ -1,5 +1,6 @@
 """Each fused kernel alone: how fast beside torch's own operations, and how far from its float64 reference."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,12 @@ from hsivi_cli.kernels.samples import per_sample
 from hsivi_cli.kernels.student_loss import fisher_reference, student_sums, surrogate_reference
 from hsivi_cli.kernels.upsampling import summed_kernel, upsample_convolve, upsample_convolve_reference
 from hsivi_cli.methods.benchmark import DTYPES, EAGER, LINEAR, OURS, Case
+from hsivi_cli.methods.graphed import cuda_graph
 from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coefficients
 
 CIFAR = (128, 32, 32)  # an activation of the CIFAR-10 DDPM UNet's first level, the largest it has
 GROUPS, EPS = 32, 1e-6
-CACHE = 2**28  # on a GPU the rotating inputs fill this much, so that none is left in its cache
+CACHE = 2**27  # more bytes than a GPU's cache has: the rotating inputs fill it, so that none is left there
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 Side = Callable[[int], Any]
@@ -43,31 +45,68 @@ class Accuracy:
 def kernel_cases(
     device: torch.device, batch: int, precision: Precision, compiled: bool, shape: tuple[int, int, int] = CIFAR
 ) -> Iterator[Case]:
-    """Every kernel at the largest activation of the CIFAR UNet, on inputs that no cache still holds."""
+    """Every kernel at the largest activation of the CIFAR UNet, on inputs that no cache still holds.
+
+    On a GPU one call a rotating input is captured as a CUDA graph: the GPU's time is measured, and not Python's.
+    """
+    for case in eager_cases(device, batch, precision, compiled, shape):
+        if device.type == "cuda":
+            case = dataclasses.replace(case, sides={n: Captured(s, case.inner, device) for n, s in case.sides.items()})
+        yield case
+
+
+def rotations(device: torch.device, nbytes: int) -> int:
+    """How many inputs of `nbytes` take turns: as many as no cache of a GPU holds, if 512 are enough for that."""
+    return min(max(CACHE // nbytes, 2), 512) if device.type == "cuda" else 2
+
+
+class Captured:
+    """The first `calls` calls of a side as one CUDA graph, captured when it is first called."""
+
+    def __init__(self, side: Side, calls: int, device: torch.device) -> None:
+        self.side, self.calls, self.device = side, calls, device
+        self.replay: Callable[[], Any] | None = None
+
+    def __call__(self, i: int) -> None:
+        if self.replay is None:
+            self.replay = cuda_graph(lambda: [self.side(j) for j in range(self.calls)][-1], self.device)
+        self.replay()
+
+
+def eager_cases(
+    device: torch.device, batch: int, precision: Precision, compiled: bool, shape: tuple[int, int, int]
+) -> Iterator[Case]:
+    """The cases of `kernel_cases`, one call after the other; `inner` counts the inputs that take turns."""
     nbytes = batch * shape[0] * shape[1] * shape[2] * DTYPES[precision].itemsize
-    count = max(CACHE // nbytes, 2) if device.type == "cuda" else 2
-    inner = 20 if device.type == "cuda" else 1
+    count = rotations(device, nbytes)
     for label, memory_format in {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}.items():
         norm = norm_sides(device, batch, DTYPES[precision], shape, memory_format, count, compiled)
-        yield Case(f"GroupNorm + SiLU + temb, {label}", batch, precision, norm[0], 2 * nbytes, inner=inner)
+        yield Case(f"GroupNorm + SiLU + temb, {label}", batch, precision, norm[0], 2 * nbytes, inner=count)
         # forward: x in, y out; backward: x and dy in, dx out
-        yield Case(f"its forward and backward, {label}", batch, precision, norm[1], 5 * nbytes, inner=inner)
-    yield upsampling_case(device, batch, precision, shape, count, inner)
+        yield Case(f"its forward and backward, {label}", batch, precision, norm[1], 5 * nbytes, inner=count)
+    yield upsampling_case(device, batch, precision, shape, count)
+    nbytes = batch * 3 * shape[1] * shape[2] * 4
+    count = rotations(device, 2 * nbytes)
     images = [torch.randn(2, batch, 3, *shape[1:], device=device) for _ in range(count)]
     streams = PhiloxStreams(0, range(batch), device).streams
     step: dict[str, Any] = {"a": 1.01, "b": -0.2, "c1": 0.1, "streams": streams}
     step["log_gamma"] = torch.zeros(3, *shape[1:], device=device)
-    sides: dict[str, Side] = {EAGER: lambda i: step_reference(images[i % count][0], images[i % count][1], **step)}
+
+    def eager_step(i: int) -> Tensor:
+        x, eps = images[i % count]
+        return 1.01 * x - 0.2 * eps + 0.1 * step["log_gamma"].exp() * torch.randn_like(x)
+
+    sides: dict[str, Side] = {EAGER: eager_step}
     if triton_can_run(streams):
         sides = {OURS: lambda i: hsivi_step(images[i % count][0], images[i % count][1], **step)} | sides
-    nbytes = images[0][0].numel() * 4
-    yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * nbytes, inner=inner)
+    yield Case("HSIVI step with its noise", batch, "fp32", sides, 3 * nbytes, inner=count)
+    count = rotations(device, 3 * nbytes)
     for name, (passes, sides) in loss_sides(device, batch, (3, *shape[1:]), count, compiled).items():
-        yield Case(name, batch, "fp32", sides, passes * nbytes, inner=inner)
+        yield Case(name, batch, "fp32", sides, passes * nbytes, inner=count)
 
 
 def upsampling_case(
-    device: torch.device, batch: int, precision: Precision, shape: tuple[int, int, int], count: int, inner: int
+    device: torch.device, batch: int, precision: Precision, shape: tuple[int, int, int], count: int
 ) -> Case:
     """Upsampling to `shape` and its convolution, as one transposed convolution and as two operations."""
     channels, height, width = shape
@@ -80,7 +119,7 @@ def upsampling_case(
         EAGER: lambda i: upsample_convolve_reference(small[i % count], weight, bias),
     }
     nbytes, flops = 5 * small[0].numel() * dtype.itemsize, 2 * 16 * small[0].numel() * channels
-    return Case("upsampling + convolution", batch, precision, sides, nbytes, flops, inner)
+    return Case("upsampling + convolution", batch, precision, sides, nbytes, flops, count)
 
 
 def loss_sides(

@@ -10,10 +10,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.errors import RunError
+from hsivi_cli.methods.student import Student
 
 
 def pipeline_call(
@@ -32,6 +34,13 @@ def pipeline_call(
             pipeline(batch, generator, num_inference_steps=nfe, output_type="np")
 
     return call
+
+
+def can_be_piped(student: Student) -> bool:
+    """Whether diffusers' pipeline can draw from this student's network: no classes, no learned variances."""
+    channels = getattr(student.unet.config, "get", lambda name: None)("out_channels")
+    ours = not isinstance(student.unet, ModelMixin)  # a user's own network cannot be handed to another process
+    return not (ours or student.classes) and channels in (None, student.shape[0])
 
 
 class PipelineProcess:

@@ -19,6 +19,7 @@ from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels
 from hsivi_cli.kernels.convert import fused
+from hsivi_cli.methods.graphed import GraphedSampler, graphable
 from hsivi_cli.methods.student import DESCRIPTION, Student, find_students, load_student, sample_student, select_student
 from hsivi_cli.networks.compiled import CompiledNetwork
 from hsivi_cli.networks.noise_prediction import sample_labels
@@ -59,13 +60,14 @@ def open_sampler(
     options: NetworkOptions | None = None,
     label: int | None = None,
     compiled: bool = False,
+    graph: bool = False,
 ) -> Sampler:
     """The sampler that a user's path, NFE and solver name; `path` None is what ships with the package.
 
     Without `solver`, `path` is a student or a run of students; with it, the directory of a score network, and
     `spacing`, `order` and `clip` are as in `solver_sampler`. `options` say what the network's files do not, `label` is
-    the class to draw, `compiled` has torch compile the network. Raises InputError, naming the command to type instead,
-    for anything else.
+    the class to draw, `compiled` has torch compile the network, `graph` captures a student's chain as a CUDA graph.
+    Raises InputError, naming the command to type instead, for anything else.
     """
     options = options or NetworkOptions()
     one_file = path is not None and path.is_file() and path.suffix == ".safetensors"  # of hsivi export, if of ours
@@ -75,6 +77,13 @@ def open_sampler(
     is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)
     if path is not None and (path / DESCRIPTION).is_file():
         is_teacher = False  # a student has a scheduler too, for diffusers
+    if graph and solver is not None:
+        raise InputError("--graph is for students, not for --solver: leave it out")
+    if graph and (compiled or torch.device(device).type != "cuda"):
+        why = (
+            "--compile is another way to the same end" if compiled else f"it needs an NVIDIA GPU, and this is {device}"
+        )
+        raise InputError(f"--graph: {why}: leave it out")
     if solver is not None:
         if path is not None and not is_teacher and find_students(path):
             raise InputError(
@@ -101,7 +110,9 @@ def open_sampler(
     check_label(label, student.classes)
     if compiled:
         student = dataclasses.replace(student, unet=CompiledNetwork(student.unet))
-    return student_sampler(dataclasses.replace(student, label=label), precision, kernels)
+    if graph and not graphable(student):
+        raise InputError("--graph wants a student that predicts the noise, without classes: leave it out")
+    return student_sampler(dataclasses.replace(student, label=label), precision, kernels, graph)
 
 
 def check_label(label: int | None, classes: int) -> None:
@@ -111,7 +122,9 @@ def check_label(label: int | None, classes: int) -> None:
         raise InputError(f"--class {label}: the network {known}")
 
 
-def student_sampler(student: Student, precision: Precision = "fp32", kernels: Kernels = "torch") -> Sampler:
+def student_sampler(
+    student: Student, precision: Precision = "fp32", kernels: Kernels = "torch", graph: bool = False
+) -> Sampler:
     """The sampler of a distilled student; the network computes in `precision`, the chain in float32."""
     description = {
         "kind": "student",
@@ -124,7 +137,11 @@ def student_sampler(student: Student, precision: Precision = "fp32", kernels: Ke
         "quantisation": QUANTISATION,
     } | _labelled(student.classes, student.label)
     name = f"HSIVI student, NFE {student.nfe}"
-    run = lambda noise: sample_student(student, noise, precision, kernels, pixels=True)  # noqa: E731
+    run: Callable[[PhiloxStreams], Tensor]
+    if graph:
+        run = GraphedSampler(student, precision, kernels)
+    else:
+        run = lambda noise: sample_student(student, noise, precision, kernels, pixels=True)  # noqa: E731
     return Sampler(name, student.nfe, student.shape, run, description, isinstance(student.unet, CompiledNetwork))
 
 

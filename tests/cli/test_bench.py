@@ -6,10 +6,11 @@ import torch
 from hsivi_cli.cli.app import main
 from hsivi_cli.engine.timing import Timing
 from hsivi_cli.kernels import convert
-from hsivi_cli.methods import benchmark_same
-from hsivi_cli.methods.benchmark import EAGER, OURS, PIPELINE, Machine, Row, relative_to_best, run_case
-from hsivi_cli.methods.benchmark_kernels import kernel_cases
-from hsivi_cli.methods.student import load_student
+from hsivi_cli.methods import benchmark_kernels, benchmark_same
+from hsivi_cli.methods.benchmark import EAGER, OURS, PIPELINE, Machine, Row, relative_to_best, run_case, sample_case
+from hsivi_cli.methods.benchmark_kernels import Captured, kernel_cases, rotations
+from hsivi_cli.methods.student import Student, load_student
+from hsivi_cli.targets.score_net import load_score_net
 
 
 def test_sampling_beside_its_peers(tiny_student, tmp_path, capsys):
@@ -75,3 +76,25 @@ def test_negative_control_other_images_and_losses_are_seen(tiny_student, monkeyp
     monkeypatch.setattr(convert, "group_norm_silu", lambda *a, **k: 1.01 * norm(*a, **k))
     assert benchmark_same.same_images(student, 4, 4, "fp32", lambda lot: float(lot.mean())).max_difference > 1
     assert benchmark_same.same_losses(student, 2, 4, "fp32").max_relative_difference["critic_loss"] > 1e-4
+
+
+@pytest.mark.parametrize("arguments", [{"num_class_embeds": 3}, {"out_channels": 2}])
+def test_classes_and_learned_variances_without_the_peer_that_cannot_draw_them(make_teacher, arguments):
+    teacher = load_score_net(make_teacher({}, **arguments))
+    student = Student(teacher.unet, torch.tensor(-0.5), (0, 200, 800), 0.5, teacher.schedule, {})
+    rows = run_case(sample_case(student, 2, "fp32"), Machine("cpu", 1e9, {"fp32": 1e9}), 1, torch.device("cpu"))
+    assert {row.side for row in rows} == {OURS, EAGER}
+    assert all(row.matmul_share > 0 for row in rows)
+
+
+def test_on_a_gpu_kernels_are_timed_in_a_graph_of_one_call_an_input(monkeypatch):
+    calls = []
+    monkeypatch.setattr(benchmark_kernels, "cuda_graph", lambda walk, device: walk)
+    side = Captured(calls.append, 5, torch.device("cuda"))
+    for i in range(2):
+        side(i)
+    assert calls == [0, 1, 2, 3, 4] * 2
+    gpu = torch.device("cuda")
+    assert rotations(gpu, 2**26) == 2
+    assert rotations(gpu, 2**20) * 2**20 > 50 * 2**20  # the largest cache there is
+    assert rotations(gpu, 1) == 512

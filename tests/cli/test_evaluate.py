@@ -137,6 +137,7 @@ def test_teacher(capsys, tiny_teacher):
         (["{array}", "--reference", "digits", "--nfe", "5"], "--nfe is for models"),
         (["{array}", "--reference", "digits", "--clip"], "--clip is for models"),
         (["{array}", "--reference", "digits", "--order", "2"], "--order is for models"),
+        (["{array}", "--reference", "digits", "--graph"], "--graph is for models"),
         (["{array}", "--reference", "digits", "--kernels", "torch"], "--kernels is for models"),
         (["{array}", "--reference", "digits", "--max-fid", "nan"], "--max-fid"),
         (["{array}", "--reference", "digits", "--features", "inception"], "nothing is downloaded"),

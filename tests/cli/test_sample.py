@@ -73,6 +73,8 @@ def test_bad_usage(tiny_run, tiny_teacher, tmp_path, capsys):
     fails(
         capsys, 2, "use --kernels auto or torch", tiny_run, "--nfe", 3, "--kernels", "triton", "--device", "cpu", *out
     )
+    fails(capsys, 2, "--graph: it needs an NVIDIA GPU", tiny_run, "--nfe", 3, "--graph", "--device", "cpu", *out)
+    fails(capsys, 2, "--graph is for students", tiny_teacher, "--solver", "ddim", "--graph", *out)
     both = "choose one of them"
     fails(capsys, 2, both, tiny_run, "--nfe", 3, "--kernels", "triton", "--compile", "--device", "cpu", *out)
     fails(capsys, 2, "NFE 3, 5 only", tiny_run, "--nfe", 4, *out)

@@ -35,3 +35,31 @@ def test_median_and_quartiles():
 def test_the_machine_has_a_bandwidth_and_a_rate():
     assert copy_bandwidth(CPU, 2**20) > 1e6
     assert matmul_rate(CPU, torch.float32, 32) == pytest.approx(matmul_rate(CPU, torch.float32, 32), rel=50)
+
+
+def test_a_side_that_fails_is_left_out_and_told():
+    def broken(i):
+        raise RuntimeError("out of memory")
+
+    told = []
+    sides = {"broken": broken, "fine": lambda _: None}
+    timings = time_sides(sides, 2, CPU, failed=lambda name, error: told.append((name, str(error))))
+    assert list(timings) == ["fine"]
+    assert told == [("broken", "out of memory")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        time_sides(sides, 2, CPU)
+
+
+def test_a_side_may_do_many_calls_in_one_or_work_elsewhere():
+    class Captured:
+        calls = 10
+
+        def __call__(self, i):
+            time.sleep(0.02)
+
+        def cpu_seconds(self):
+            return 5.0
+
+    timing = time_sides({"captured": Captured()}, 3, CPU, inner=10)["captured"]
+    assert 0.002 <= timing.median < 0.02
+    assert timing.cpu == 0

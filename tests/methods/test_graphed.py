@@ -8,8 +8,9 @@ import torch
 from hsivi_cli.bridges.schedule import schedule_from_config
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.kernels import convert
-from hsivi_cli.methods.graphed import GraphedChain
-from hsivi_cli.methods.student import load_student, sample_student
+from hsivi_cli.methods.graphed import GraphedChain, GraphedSampler
+from hsivi_cli.methods.student import Student, load_student, sample_student
+from hsivi_cli.targets.score_net import load_score_net
 
 
 class Recorded:
@@ -68,6 +69,23 @@ def test_the_network_is_fused_while_it_is_captured_and_its_own_again_afterwards(
     chain.run(noise.streams)
     sample_student(student, noise)
     assert len(calls) == fused
+
+
+def test_learned_variances_are_left_out(make_teacher):
+    teacher = load_score_net(make_teacher({}, out_channels=2))
+    student = Student(teacher.unet, torch.tensor(-0.5), (0, 200, 800), 0.5, teacher.schedule, {})
+    noise = PhiloxStreams(4, range(2))
+    images = GraphedChain(student, 2, capture=Recorded()).run(noise.streams)
+    torch.testing.assert_close(images, sample_student(student, noise), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sampler_graphs_the_size_that_comes_first(tiny_student):
+    student, capture = load_student(tiny_student), Recorded()
+    sampler = GraphedSampler(student, kernels="torch", capture=capture)
+    for n, walks in ((4, 2), (4, 3), (3, 3), (4, 4)):
+        noise = PhiloxStreams(1, range(n))
+        torch.testing.assert_close(sampler(noise), sample_student(student, PhiloxStreams(1, range(n))))
+        assert capture.walks == walks
 
 
 def test_bfloat16_is_the_whole_network(tiny_student):
