@@ -54,13 +54,12 @@ def bench(
 ) -> None:
     """Time sampling, distillation and kernels: ours, plain torch, torch.compile and diffusers' pipeline.
 
-    The sides take turns in one run; the table says which is faster. The whole list for a GPU:
-    `hsivi bench --cifar --check --what same,sample,distill,kernels --batch 1,64,256 --precision bf16 --compile
-    reduce-overhead,max-autotune --json`.
+    The sides take turns in one run; the table says which is faster. On a GPU: `hsivi bench --cifar --check --what
+    kernels,sample --batch 1,64,256 --precision bf16 --compile reduce-overhead --json`.
     """
     import torch
 
-    from hsivi_cli.errors import GateError
+    from hsivi_cli.errors import GateError, InputError
     from hsivi_cli.evaluation.reference import fid_against
     from hsivi_cli.methods import benchmark
     from hsivi_cli.methods.benchmark_kernels import check_kernels, kernel_cases
@@ -71,6 +70,8 @@ def bench(
     place = torch.device(options.image_device(device, threads))
     wanted = [options.check_choice("--what", item, WHAT) for item in what.split(",")]
     batches = options.parse_integers("--batch", batch)
+    if min(batches) < 1:
+        raise InputError(f"--batch {batch}: give positive numbers, as 1,64")
     precisions = [options.check_precision(item) for item in precision.split(",")]
     modes = tuple(filter(None, compile_modes.split(",")))
     if check:

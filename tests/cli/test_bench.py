@@ -52,7 +52,12 @@ def test_ratios_are_within_a_case():
 
 
 def test_bad_usage(tiny_student, capsys):
-    for argv, says in [(["--what", "speed"], "choose from"), (["--check"], "Triton's"), (["--batch", "x"], "--batch")]:
+    for argv, says in [
+        (["--what", "speed"], "choose from"),
+        (["--check"], "Triton's"),
+        (["--batch", "x"], "--batch"),
+        (["--batch", "1,0"], "positive"),
+    ]:
         assert main(["bench", str(tiny_student), "--device", "cpu", *argv]) == 2
         assert says.replace("Triton's", "--kernels triton") in capsys.readouterr().err
 
