@@ -181,7 +181,8 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 def _fid(student: Path) -> dict[str, Any]:
     fields = read_json(student / DESCRIPTION)
-    measured = fields.get(PREVIEW_FID) or {}
+    measured = fields.get(PREVIEW_FID)
+    measured = measured if isinstance(measured, dict) else {}
     return {"step": fields.get("step"), "fid": measured.get("value"), "images": measured.get("n")}
 
 

@@ -207,7 +207,9 @@ def _is_better(measured: dict[str, Any], best: Path) -> bool:
         return False
     if not (best / DESCRIPTION).is_file():
         return True
-    before = read_json(best / DESCRIPTION).get(PREVIEW_FID) or {}
+    before = read_json(best / DESCRIPTION).get(PREVIEW_FID)
+    if not isinstance(before, dict) or not is_number(before.get("value")):
+        return True
     same = {**before, "value": None} == {**measured, "value": None}
     return not same or bool(measured["value"] < before["value"])
 
