@@ -1,13 +1,14 @@
 """Options from a TOML file (`--config`), and the file that says which options a command ran with.
 
 The file fills Click's `default_map`: types, ranges, help and required options stay those of the command, whichever it
-is, and what the command line says wins.
+is, and what the command line says wins. A file that a stranger wrote must not run code: an option that names some
+counts only where the command line gives it too.
 """
 
 import difflib
 import os
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,8 @@ def read_options(ctx: typer.Context, path: Path | None) -> Path | None:
     for name, value in _settings(ctx, path, names).items():
         what = f"{path}: {_keys(parameters[name])[0]} = {_shown(value)}"
         defaults[name] = _converted(ctx, parameters[name], value, what)
+        if _runs_code(str(ctx.info_name), name, defaults[name]):
+            defaults[name] = _refusal(what, _keys(parameters[name])[0], defaults[name])
     # a run's own file does not say where it lies, so that a run can be moved or copied
     if "out" in parameters and "out" not in defaults and path.name == OPTIONS and (path.parent / CONFIG).is_file():
         defaults["out"] = str(path.parent)
@@ -150,6 +153,25 @@ def _converted(ctx: typer.Context, parameter: Any, value: Any, what: str) -> Any
     raise InputError(f"{what}: {problem or 'a value of another type is wanted'}")
 
 
+def _runs_code(command: str, name: str, value: Any) -> bool:
+    """Whether an option's value names code that the command would run; whatever is not known to be harmless does."""
+    if name == "network":
+        return not str(value).endswith(".json") or ":" in str(value)  # n.py:build.json is a function of n.py
+    if name == "model":
+        return (command, value) != ("fit-posterior", "latent")
+    return name == "features" and value not in ("inception", "digits")
+
+
+def _refusal(what: str, key: str, value: Any) -> Callable[[], Any]:
+    """A default that raises InputError: Click asks for it only where the command line does not give the option."""
+
+    def refuse() -> Any:
+        add = f"--{key} {_printable(shlex.quote(str(value)))}"
+        raise InputError(f"{what} runs code: add {add} to the command line if you trust it")
+
+    return refuse
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -163,4 +185,8 @@ def _plain(value: Any) -> Any:
 
 def _comment(text: str) -> str:
     """One line of comment, whatever is in the text."""
-    return "# " + "".join(c if c.isprintable() else " " for c in text) if text else ""
+    return f"# {_printable(text)}" if text else ""
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import atomic_file
+from hsivi_cli.io.files import atomic_file, parse_json
 from hsivi_cli.io.run_directory import checkpoint_path, checkpoint_step, checkpoints
 
 _TENSOR = "__tensor__"
@@ -69,7 +69,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         text = metadata.pop("structure")
-        tree = unpack(tensors, json.loads(text))
+        tree = unpack(tensors, parse_json(text))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError) as err:
         raise InputError(f"{path} is damaged or no checkpoint of hsivi ({err})") from err
     # those of earlier versions have no checksum, and nothing else in its place

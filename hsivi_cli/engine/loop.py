@@ -175,8 +175,8 @@ def _roll_back(
     if progress.rollbacks >= config.rollbacks:
         tried = f", after {progress.rollbacks} roll-backs to lower rates" if progress.rollbacks else ""
         raise RunError(f"diverged: {trouble}{tried}: use a lower --lr")
-    # no more than are kept whatever --keep says, for it must not change the course
-    paths = regular(checkpoints(directory), config.checkpoint_every)[:REGULAR] or checkpoints(directory)
+    # as the first process lists them: over a network, another may not see yet what was written last
+    paths = processes.from_main(lambda: _places_to_go_back_to(directory, config))
     kept = _restore(method, state, load_newest(paths, tell))
     if state.step == progress.rolled_back_to and len(paths) > 1:
         kept = _restore(method, state, load_newest(paths[1:], tell))
@@ -187,6 +187,11 @@ def _roll_back(
     _save(method, state, after, directory, config)
     tell(f"{trouble}: back to step {state.step}, with {after.lr_scale:g} of the learning rate")
     return after
+
+
+def _places_to_go_back_to(directory: Path, config: LoopConfig) -> list[Path]:
+    """No more than are kept whatever --keep says, for it must not change the course."""
+    return regular(checkpoints(directory), config.checkpoint_every)[:REGULAR] or checkpoints(directory)
 
 
 def _save(method: Method, state: Any, progress: Progress, directory: Path, config: LoopConfig) -> None:

@@ -6,7 +6,8 @@ HSIVI's student learns through a frozen critic, so gradients are summed here, af
 rows of a batch that is the same whatever the number of processes.
 
 One process pays nothing: everything here returns what it was given, and Accelerate is not imported. A process that ends
-breaks the others' next exchange; where it only stops answering, they end after TIMEOUT.
+breaks the others' next exchange; where it only stops answering, they end after TIMEOUT. (With NCCL an exchange returns
+before it is done: its failure shows where a value is next read, or by NCCL's watchdog after TIMEOUT.)
 """
 
 import contextlib

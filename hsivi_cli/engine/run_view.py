@@ -1,6 +1,5 @@
 """What a run directory says of its trainings, also while they are written: it is read only, and never locked."""
 
-import math
 import os
 import time
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import Any
 from hsivi_cli.engine.diagnosis import HISTORY, averages, diagnose
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json
-from hsivi_cli.io.metrics_log import read_metrics
+from hsivi_cli.io.metrics_log import is_number, read_metrics
 from hsivi_cli.io.run_directory import CONFIG, LOCK, METRICS, REPORT
 
 Curve = list[tuple[int, float]]
@@ -80,13 +79,13 @@ def view_run(path: Path) -> RunView:
 
 def _view(folder: Path, run: Path, steps: int | None) -> TrainingView:
     log = folder / METRICS
-    records = [record for record in read_metrics(log) if isinstance(record, dict) and _is_number(record.get("step"))]
+    records = read_metrics(log)
     written = None
     with suppress(OSError):
         written = log.stat().st_mtime
     last: dict[str, Any] = records[-1] if records else {}
     curves: dict[str, Curve] = {}
-    judged = [record for record in records if all(_is_number(record.get(name)) for name in ("fisher", "critic_gap"))]
+    judged = [record for record in records if all(is_number(record.get(name)) for name in ("fisher", "critic_gap"))]
     fisher, claim = [r["fisher"] for r in judged], [r["critic_gap"] for r in judged]
     if judged:
         mismatch, error = averages(fisher, claim)
@@ -94,7 +93,7 @@ def _view(folder: Path, run: Path, steps: int | None) -> TrainingView:
         curves["critic_error"] = [(r["step"], value) for r, value in zip(judged, error, strict=True)]
     names = dict.fromkeys(name for record in records for name in record if name not in _OF_THE_LOG)
     for name in sorted(names, key=_rank):
-        points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
+        points = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
         if points and (name not in ("skipped", "rollbacks") or points[-1][1]):
             curves[name] = points
     pace = last.get("seconds_per_step")
@@ -102,7 +101,7 @@ def _view(folder: Path, run: Path, steps: int | None) -> TrainingView:
         name=" ".join(part for part in folder.relative_to(run).parts if part != "training"),
         step=last.get("step", 0),
         steps=steps if folder.parent.name != "compare" else None,
-        seconds_per_step=pace if _is_number(pace) else None,
+        seconds_per_step=pace if is_number(pace) else None,
         written=written,
         curves=curves,
         advice=diagnose(fisher[-HISTORY:], claim[-HISTORY:]).advice if judged else None,
@@ -113,10 +112,6 @@ def _rank(name: str) -> tuple[int, str]:
     if name in FIRST:
         return FIRST.index(name), name
     return len(FIRST) + (0 if name.startswith("fid@") else 2 if "lr" in name or "norm" in name else 1), name
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _writer(run: Path) -> int | None:

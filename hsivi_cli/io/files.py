@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from hsivi_cli.errors import InputError, RunError
 
 SUMS = "SHA256SUMS"
+DEEPEST = 100  # levels of JSON that are read: ours have a dozen, and what walks a tree calls itself once a level
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_BROKEN = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
@@ -126,13 +127,28 @@ def write_json(path: Path, payload: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises InputError if the file is missing, is not JSON, or is not an object."""
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
+        payload = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise InputError(f"{path} does not exist") from err
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as err:
+    except (ValueError, OSError) as err:
         raise InputError(f"{path} cannot be read as JSON ({err})") from err
     if not isinstance(payload, dict):
         raise InputError(f"{path} holds no JSON object")
+    return payload
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` of text from anywhere: whatever is wrong with it, nested too deeply included, is a ValueError."""
+    try:
+        payload = json.loads(text)
+    except RecursionError as err:
+        raise ValueError("it is nested too deeply") from err
+    depth, level = 0, [payload]
+    while level := [node for node in level if isinstance(node, dict | list)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        level = [inside for node in level for inside in (node.values() if isinstance(node, dict) else node)]
     return payload
 
 

@@ -2,10 +2,11 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
-from hsivi_cli.io.files import atomic_file
+from hsivi_cli.io.files import atomic_file, parse_json
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
@@ -16,18 +17,25 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line cut short by a crash is left out."""
+    """All whole records; a damaged line is left out: a last one cut short by a crash, or one without its step."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")  # a damaged line is no JSON, and ends it
+        text = path.read_text(encoding="utf-8", errors="replace")  # what is no UTF-8 is no JSON either, or a wrong name
     except FileNotFoundError:
         return []
     records = []
     for line in text.splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and is_number(record.get("step")):
+            records.append(record)
     return records
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a log is a finite number, that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def rewind_metrics(path: Path, step: int) -> None:
@@ -47,7 +55,7 @@ def plot_metrics(records: list[dict[str, Any]], names: tuple[str, ...], path: Pa
         return
     figure = Figure(figsize=(7, 2.2 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), 1, squeeze=False).flat, names, strict=True):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        points = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
         axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, marker="." if len(points) < 20 else "")
         axes.set_ylabel(name.replace("_", " "))
         axes.grid(alpha=0.3)

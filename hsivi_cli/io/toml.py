@@ -14,7 +14,8 @@ Value = str | int | float | bool | Sequence[Any]
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; raises InputError, in one line, if it is missing or is no TOML."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        tree = tomllib.loads(path.read_bytes().decode("utf-8"))
+        repr(tree)  # a hexadecimal number may be one that Python refuses to write in decimals: ValueError, here
     except FileNotFoundError as err:
         raise InputError(f"{path} does not exist") from err
     except IsADirectoryError as err:
@@ -23,6 +24,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({err.strerror or err})") from err
     except (ValueError, RecursionError) as err:  # no UTF-8, no TOML, or nested without end
         raise InputError(f"{path} cannot be read as TOML ({err})") from err
+    return tree
 
 
 def toml_value(value: Value) -> str:

@@ -171,7 +171,7 @@ def _training(path: Path) -> dict[str, Any]:
 
 def _progress(folder: Path) -> dict[str, Any]:
     """How far one training got: the step and the line it logged last, its checkpoints, and the newest one's bytes."""
-    metrics = [record for record in read_metrics(folder / METRICS) if isinstance(record, dict)]
+    metrics = read_metrics(folder / METRICS)
     latest = metrics[-1] if metrics else None
     kept = checkpoints(folder)
     size = kept[0].stat().st_size if kept else None
@@ -181,7 +181,8 @@ def _progress(folder: Path) -> dict[str, Any]:
 
 def _fid(student: Path) -> dict[str, Any]:
     fields = read_json(student / DESCRIPTION)
-    measured = fields.get(PREVIEW_FID) or {}
+    measured = fields.get(PREVIEW_FID)
+    measured = measured if isinstance(measured, dict) else {}
     return {"step": fields.get("step"), "fid": measured.get("value"), "images": measured.get("n")}
 
 

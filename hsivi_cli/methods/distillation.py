@@ -21,7 +21,7 @@ from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.io.files import read_json
-from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
+from hsivi_cli.io.metrics_log import is_number, plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.io.run_directory import METRICS, checkpoints
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.sampling import to_uint8
@@ -207,7 +207,9 @@ def _is_better(measured: dict[str, Any], best: Path) -> bool:
         return False
     if not (best / DESCRIPTION).is_file():
         return True
-    before = read_json(best / DESCRIPTION).get(PREVIEW_FID) or {}
+    before = read_json(best / DESCRIPTION).get(PREVIEW_FID)
+    if not isinstance(before, dict) or not is_number(before.get("value")):
+        return True
     same = {**before, "value": None} == {**measured, "value": None}
     return not same or bool(measured["value"] < before["value"])
 
@@ -215,7 +217,7 @@ def _is_better(measured: dict[str, Any], best: Path) -> bool:
 def _measured(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those whose step was not skipped in every update since the line before: they have values to average."""
     names = ("fisher", "critic_gap")
-    return [r for r in records if all(r[name] is not None and math.isfinite(r[name]) for name in names)]
+    return [r for r in records if all(is_number(r.get(name)) for name in names)]
 
 
 def _diagnosed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

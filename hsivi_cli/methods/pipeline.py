@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hsivi_cli.bridges.schedule import schedule_from_config
 from hsivi_cli.engine.seeds import PhiloxStreams
-from hsivi_cli.io.files import SUMS, write_json
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import SUMS, check_sums, write_json
 from hsivi_cli.methods.scheduler import HSIVIScheduler
 from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA, Student, chain_fields, chain_sha256, load_student
 from hsivi_cli.networks.noise_prediction import class_count, sample_labels
@@ -38,7 +40,8 @@ class HSIVIPipeline(DiffusionPipeline):
 
     `unet` is any network called as `unet(x, t)` or `unet(x, t, class_labels=...)` that has a `config` with the image's
     shape; only diffusers' models can be saved. A scheduler of another kind is replaced by an HSIVIScheduler of the same
-    noise schedule, with which any such network can be sampled.
+    noise schedule, with which any such network can be sampled; raises ValueError where that is not one defined by betas
+    (flow matching, EDM) or leaves no signal at its end.
     """
 
     __module__ = "hsivi_cli"
@@ -47,6 +50,7 @@ class HSIVIPipeline(DiffusionPipeline):
     def __init__(self, unet: nn.Module, scheduler: SchedulerMixin) -> None:
         super().__init__()
         if not isinstance(scheduler, HSIVIScheduler):
+            _check_betas(scheduler)
             scheduler = HSIVIScheduler.from_config(scheduler.config)
         self.register_modules(unet=unet, scheduler=scheduler)
 
@@ -62,12 +66,15 @@ class HSIVIPipeline(DiffusionPipeline):
         """As DiffusionPipeline's; also a student directory without model_index.json, and a file of `hsivi export`.
 
         `network` is the `FILE:FUNCTION` that builds the network of a student of a network of your own; it is run.
+        Raises InputError if a local directory has SHA256SUMS, and a file is not what it says.
         """
         path = Path(pretrained_model_name_or_path)
         if path.suffix == ".safetensors" or ((path / DESCRIPTION).is_file() and not (path / cls.config_name).is_file()):
             pipeline = cls.from_student(load_student(path, network=network))
             dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
             return pipeline.to(dtype) if isinstance(dtype, torch.dtype) else pipeline
+        for directory in (path, path / "unet"):  # of a student, and of what hsivi train writes
+            check_sums(directory)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -147,6 +154,15 @@ class HSIVIPipeline(DiffusionPipeline):
         if len(labels) not in (1, batch_size) or bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(f"class_labels {labels.tolist()}: give one, or one a sample, from 0 to {classes - 1}")
         return labels.expand(batch_size).to(device)
+
+
+def _check_betas(scheduler: SchedulerMixin) -> None:
+    """Raise ValueError unless a scheduler is one of the schedules we have; `from_config` drops what would tell."""
+    kind = type(scheduler).__name__
+    try:
+        schedule_from_config({**scheduler.config, "_class_name": kind}, where=kind)
+    except InputError as err:
+        raise ValueError(str(err)) from err
 
 
 def scheduler_of(student: Student) -> HSIVIScheduler:

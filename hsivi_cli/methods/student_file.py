@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
-from hsivi_cli.io.files import read_json, write_json
+from hsivi_cli.io.files import parse_json, read_json, write_json
 from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA
 from hsivi_cli.targets.network_files import CONFIG, WEIGHTS
 
@@ -45,7 +45,7 @@ def read_contents(file: Path) -> dict[str, Any]:
     """The JSON of a student file: `description`, `unet`, `unet_metadata`; raises InputError if it is no student's."""
     try:
         with safe_open(file, framework="pt") as header:
-            contents = json.loads((header.metadata() or {})[KEY])
+            contents = parse_json((header.metadata() or {})[KEY])
     except (SafetensorError, OSError, ValueError) as err:
         raise InputError(f"{file} is damaged or no safetensors file ({err}): fetch or write it again") from err
     except KeyError as err:

@@ -17,7 +17,7 @@ from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import atomic_directory, write_json, write_sums
-from hsivi_cli.io.metrics_log import plot_metrics, read_metrics, rewind_metrics
+from hsivi_cli.io.metrics_log import is_number, plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.io.run_directory import METRICS, checkpoints
 from hsivi_cli.methods import ddpm
 from hsivi_cli.methods.sampling import to_uint8
@@ -130,10 +130,11 @@ def _finish(state: ddpm.DDPMState, directory: Path, seconds: float) -> Trained:
     publish(state, directory)
     records = read_metrics(directory / METRICS)
     plot_metrics(records, ("loss", "grad_norm", "lr"), directory / "curves.png")
+    loss = records[-1].get("loss") if records else None
     return Trained(
         steps=state.step,
         seconds=seconds,
-        loss=records[-1]["loss"] if records else None,
+        loss=loss if is_number(loss) else None,
         parameters=sum(parameter.numel() for parameter in state.ema.parameters()),
         sha256=score_net_sha256(directory / "unet", state.schedule),
     )

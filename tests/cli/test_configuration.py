@@ -192,3 +192,47 @@ def test_a_run_without_a_checkpoint_leaves_nothing(tiny_teacher, tmp_path, monke
     run = tmp_path / "run"
     assert main(["distill", "--score-net", str(tiny_teacher), "--nfe", "2", *SMALL, "--out", str(run)]) == 1
     assert not run.exists()
+
+
+CODE = [
+    ("distill", "network", "n.py:build", ["--score-net", "w.pt", "--nfe", "2", "--out", "run"]),
+    ("distill", "network", "n.py:build.json", ["--score-net", "w.pt", "--nfe", "2", "--out", "run"]),
+    ("sample", "network", "n.py", ["run"]),
+    ("sample", "model", "latent", ["run"]),
+    ("evaluate", "features", "n.py", ["a.npy", "--reference", "digits"]),
+    ("evaluate", "network", "n.py:build", ["a.npy", "--reference", "digits"]),
+    ("export", "network", "n.py:build", ["run", "--out", "x"]),
+    ("fit-posterior", "model", "n.py", ["rows.csv"]),
+    ("fit-posterior", "model", "./latent", ["rows.csv"]),
+]
+
+
+@pytest.mark.parametrize(("command", "key", "value", "arguments"), CODE)
+def test_a_file_alone_runs_no_code(tmp_path, monkeypatch, capsys, command, key, value, arguments):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, f"{key} = '{value}'\n")
+    for name in ("n.py", "latent"):
+        (tmp_path / name).write_text("raise SystemExit(open('ran', 'w').close())\n")
+    assert main([command, *arguments, "--config", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.strip().count("\n") == 0
+    assert f"{path}: {key} = '{value}' runs code: add --{key} {value} to the command line if you trust it" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_file_counts_with_the_command_line(tmp_path, capsys):
+    path = write(tmp_path, "network = 'n.py:build'\nsteps = 7\n")
+    assert resolved(capsys, "distill", "--config", path, "--network", "n.py:build")["network"] == "n.py:build"
+    assert resolved(capsys, "distill", "--network", "mine.py", "--config", path)["network"] == "mine.py"
+    assert main(["distill", "--config", str(path), "--help"]) == 0
+
+
+def test_what_runs_no_code_may_stand_in_a_file(tmp_path, capsys):
+    from hsivi_cli.evaluation.extractors import CHOICES
+
+    for command, key, value in (
+        ("distill", "network", "arch.json"),
+        ("fit-posterior", "model", "latent"),
+        *(("evaluate", "features", choice) for choice in CHOICES),
+    ):
+        assert resolved(capsys, command, "--config", write(tmp_path, f"{key} = '{value}'"))[key] == value

@@ -147,6 +147,30 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(distil, tmp_path, capsy
     assert "no checkpoint beside it is whole" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("fid", [5, [1], "x", {}, {"value": None}, {"value": "x", "n": 2}])
+def test_what_is_no_fid_of_the_best_student_is_none(tiny_student, tmp_path, capsys, fid):
+    best = shutil.copytree(tiny_student, tmp_path / "run/nfe2-best")
+    shutil.copytree(tiny_student, tmp_path / "run/nfe2")
+    fields = json.loads((best / "hsivi.json").read_text()) | {"preview_fid": fid}
+    (best / "hsivi.json").write_text(json.dumps(fields))
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert distillation._is_better({"value": 1.0, "n": 2}, best)
+
+
+@pytest.mark.parametrize(("name", "kept"), [(b'"step"', 0), (b'"fisher"', 1), (b'"critic_gap"', 1)])
+def test_a_damaged_line_of_the_log_does_not_stop_a_run(distil, tmp_path, name, kept):
+    assert distil("run") == 0
+    log = tmp_path / "run/training/nfe2/metrics.jsonl"
+    first, rest = log.read_bytes().split(b"\n", 1)
+    log.write_bytes(first.replace(name, name.replace(b"t", b"u").replace(b"f", b"g")) + b"\n" + rest)
+    assert log.read_bytes() != first + b"\n" + rest
+    for path in checkpoints(log.parent):
+        if "000006" in path.name:
+            path.unlink()
+    assert distil("run", "--resume") == 0
+    assert len([line for line in log.read_text().splitlines() if '"step": 2' in line]) == kept
+
+
 def test_a_damaged_student_is_refused_in_one_line(distil, tmp_path, capsys):
     assert distil("run") == 0
     flip(tmp_path / "run/nfe2/unet/diffusion_pytorch_model.safetensors")

@@ -237,6 +237,22 @@ def test_training_data_that_does_not_fit(tmp_path, capsys):
     assert not (tmp_path / "t").exists()
 
 
+def test_a_damaged_trained_network_is_refused_in_one_line(teacher, tmp_path, capsys):
+    path = shutil.copytree(teacher, tmp_path / "teacher")
+    weights = path / "unet/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-4] ^= 1  # the last bit of a number: what is left is finite, and fits
+    weights.write_bytes(data)
+    for command in (
+        ["inspect"],
+        ["sample", "--solver", "ddim", "--nfe", "2", "-n", "1", "--out", str(tmp_path / "a.npy")],
+    ):
+        capsys.readouterr()
+        assert main([command[0], str(path), *command[1:]]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{weights} is damaged: it is not what SHA256SUMS beside it says" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [

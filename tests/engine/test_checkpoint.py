@@ -59,6 +59,13 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("structure", ["[" * 100_000, "[" * 500 + "]" * 500, "9" * 5000])
+def test_a_hostile_structure_is_refused(tmp_path, structure):
+    save_file({"w": torch.ones(1)}, tmp_path / "c", metadata={"structure": structure})
+    with pytest.raises(InputError, match="is damaged or no checkpoint"):
+        load_checkpoint(tmp_path / "c")
+
+
 def test_whatever_bit_flips_a_checkpoint_is_what_was_written_or_refused_in_one_line(tmp_path):
     path, draws = tmp_path / "c.safetensors", random.Random(0)
     tree = {"step": 3, "w": torch.randn(4, 5), "half": torch.ones(3, dtype=torch.bfloat16), "empty": torch.zeros(0)}

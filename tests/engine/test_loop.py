@@ -328,6 +328,22 @@ def test_where_a_roll_back_goes_depends_on_neither_clocks_nor_signals_nor_keep(t
     assert torch.equal(resumed.x, straight.x)
 
 
+def test_with_many_kept_a_roll_back_goes_to_one_of_those_that_are_kept_in_any_case(tmp_path):
+    """Three damaged regular checkpoints end a run, as where --keep leaves no more; a fourth would be another course."""
+
+    class Damaging(RoughMethod):
+        def step(self, state, batch, generator):
+            if state.step_count == 32:
+                for path in checkpoints(tmp_path)[:3]:
+                    flip(path)
+            return super().step(state, batch, generator)
+
+    method = Damaging(lambda step, scale: step >= 32 and scale == 1)
+    with pytest.raises(InputError, match=r"000030\..* no checkpoint beside it is whole"):
+        rough(tmp_path, method, replace(ROUGH, keep=9))
+    assert names(tmp_path) == [f"checkpoint-{step:06d}.safetensors" for step in (30, 24, 18, 12, 6, 0)]
+
+
 def test_nothing_is_shown_or_saved_at_a_skipped_step_but_the_last(tmp_path):
     shown = []
     state = Rough()

@@ -72,6 +72,22 @@ def test_a_roll_back_is_everybodys(tmp_path, slow):
     assert [p.name for p in checkpoints(tmp_path / "one")] == [p.name for p in checkpoints(tmp_path / "two")]
 
 
+def stale(directory):
+    """A walk in which process 1 does not see the newest checkpoint when it lists them."""
+    processes.start("cpu")
+    processes.GRACE = 0.5
+    if processes.rank() == 1:
+        loop.checkpoints = lambda directory: checkpoints(directory)[1:]
+    return walked(directory, None)
+
+
+def test_a_roll_back_goes_to_the_checkpoint_that_the_first_process_names(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = walked(tmp_path / "one", None)
+    assert in_processes(2, stale, tmp_path / "two") == [one, one]
+
+
 def apart(directory):
     """Resume where process 1 sees another file system, with an older checkpoint."""
     processes.start("cpu")

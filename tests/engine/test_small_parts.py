@@ -55,6 +55,13 @@ def test_ema_of_a_constant_is_the_constant_and_starts_fast():
     assert average.item() == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.parametrize(("step", "moved"), [(1, 9 / 11), (8, 1 / 2), (10_000, 0.01)])
+def test_how_far_an_ema_moves_in_a_step(step, moved):
+    average = torch.zeros(1, dtype=torch.float64)
+    update_ema([average], [torch.ones(1, dtype=torch.float64)], step, 0.99)
+    assert average.item() == pytest.approx(moved, rel=1e-12)
+
+
 def apply_loss(loss, optimiser, parameters, clip=1.0):
     return apply_update(lambda part: (loss, {}), [(slice(0, 1), 1.0)], optimiser, parameters, 0.1, clip)
 

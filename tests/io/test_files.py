@@ -77,11 +77,24 @@ def test_written_files_follow_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe"])
+HOSTILE = (
+    b'{"a": ' + b"[" * 100_000,
+    b'{"a": ' * 500 + b"1" + b"}" * 500,
+    b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}",
+    b'{"a": ' + b"9" * 5000 + b"}",
+)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", *HOSTILE], ids=range(3 + len(HOSTILE)))
 def test_broken_json_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
+
+
+def test_json_may_be_as_deep_as_is_promised(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}")
+    assert read_json(tmp_path / "x.json")["a"]
 
 
 def test_a_reader_of_the_old_file_keeps_it(tmp_path):

@@ -46,3 +46,9 @@ def test_missing_files_and_directories_are_named(tmp_path):
         read_toml(tmp_path / "none.toml")
     with pytest.raises(InputError, match="is a directory: name a TOML file"):
         read_toml(tmp_path)
+
+
+def test_a_number_that_python_does_not_write_is_refused(tmp_path):
+    (tmp_path / "x.toml").write_text(f"steps = 0x{'f' * 5000}")
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        read_toml(tmp_path / "x.toml")

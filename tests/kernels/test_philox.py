@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from hsivi_cli.kernels.philox import START, make_streams, normals, philox4x32
+from hsivi_cli.kernels.philox import START, box_muller, make_streams, normals, philox4x32
 
 # Random123's kat_vectors for philox4x32-10: four words of counter, two of key, four of answer
 KNOWN = [
@@ -57,6 +57,14 @@ def test_tails_reach_beyond_five_and_stay_finite():
     z = normals(make_streams(0, range(400)), 0, (10_000,))
     assert 4.5 < z.abs().max().item() < 6.8
     assert bool(z.isfinite().all())
+
+
+def test_the_word_zero_is_a_number():
+    """No logarithm of zero: u is half a word's step above it."""
+    for dtype in (torch.float32, torch.float64):
+        x, y = box_muller(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), dtype)
+        assert x.item() == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-6)
+        assert y.item() == 0
 
 
 def test_float32_is_the_reference_to_rounding():

@@ -7,10 +7,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from hsivi_cli import HSIVIPipeline, HSIVIScheduler
-from hsivi_cli.io.files import asset
+from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import asset, write_sums
 from hsivi_cli.methods.sampling import draw_images, student_sampler
 from hsivi_cli.methods.student import Student, load_student, save_student, student_sha256
 from hsivi_cli.networks.edm_unet import EDMUNet
@@ -141,6 +148,21 @@ def test_a_saved_pipeline_is_a_student_too(tiny_student, tmp_path):
     assert {k: v for k, v in written.items() if k != "_name_or_path"} == ours
 
 
+def test_damage_is_found_as_hsivi_sample_finds_it(tiny_student, tmp_path):
+    for folder, name in (("student", "unet"), ("student", "log_gamma.safetensors"), ("network", "unet")):
+        path = shutil.copytree(tiny_student, tmp_path / f"{folder}-{name}")
+        if folder == "network":  # as hsivi train writes it: the checksums lie beside the weights
+            (path / "SHA256SUMS").unlink()
+            write_sums(path / "unet")
+        HSIVIPipeline.from_pretrained(path)
+        damaged = path / name / "diffusion_pytorch_model.safetensors" if name == "unet" else path / name
+        data = bytearray(damaged.read_bytes())
+        data[-5] ^= 1
+        damaged.write_bytes(data)
+        with pytest.raises(InputError, match=f"{damaged.name} is damaged"):
+            HSIVIPipeline.from_pretrained(path)
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_a_saved_pipeline_predicts_what_its_network_does(make_teacher, tmp_path, kind):
     teacher = load_score_net(make_teacher({"prediction_type": kind}))
@@ -166,6 +188,20 @@ def test_other_schedulers_become_ours(tiny_teacher):
     assert pipe(batch_size=2, num_inference_steps=4, output_type="np").images.shape == (2, 8, 8, 1)
     with pytest.raises(ValueError, match="needs num_inference_steps"):
         pipe(batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "what"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler is not known to be variance preserving"),
+        (EDMEulerScheduler(), "EDMEulerScheduler is not known to be variance preserving"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "DDIMScheduler: rescale_betas_zero_snr leaves no signal"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_schedulers_that_no_betas_define_are_refused(tiny_teacher, scheduler, what):
+    with pytest.raises(ValueError, match=what):
+        HSIVIPipeline(UNet2DModel.from_pretrained(tiny_teacher / "unet"), scheduler)
 
 
 def test_classes():
