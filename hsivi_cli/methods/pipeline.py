@@ -25,7 +25,15 @@ from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import SUMS, check_sums, write_json
 from hsivi_cli.methods.scheduler import HSIVIScheduler
-from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA, Student, chain_fields, chain_sha256, load_student
+from hsivi_cli.methods.student import (
+    DESCRIPTION,
+    LOG_GAMMA,
+    Student,
+    chain_fields,
+    chain_sha256,
+    find_students,
+    load_student,
+)
 from hsivi_cli.networks.noise_prediction import class_count, sample_labels
 from hsivi_cli.targets.network_files import image_shape
 
@@ -73,6 +81,8 @@ class HSIVIPipeline(DiffusionPipeline):
             pipeline = cls.from_student(load_student(path, network=network))
             dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
             return pipeline.to(dtype) if isinstance(dtype, torch.dtype) else pipeline
+        if path.is_dir() and not (path / cls.config_name).is_file() and (students := find_students(path)):
+            raise InputError(f"{path} is a run of students: name one of them, as {students[min(students)]}")
         for directory in (path, path / "unet"):  # of a student, and of what hsivi train writes
             check_sums(directory)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -116,6 +126,10 @@ class HSIVIPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: ask for one image or more")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise ValueError(f"seed {seed!r}: give a whole number from 0 to 2^63 - 1")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both name the noise: give one of them")
         if isinstance(generator, list) and len(generator) != batch_size:

@@ -101,7 +101,9 @@ class HSIVIScheduler(SchedulerMixin, ConfigMixin):
         """Set the times t_K > ... > t_1 at which the network is asked; without a number, all that a given grid has."""
         steps = num_inference_steps or self.nfe
         if steps is None:
-            raise ValueError("set_timesteps needs num_inference_steps: this scheduler's grid is made for any number")
+            raise ValueError(
+                "not distilled, so without a grid of its own: give num_inference_steps, or hsivi distill it"
+            )
         if steps != (self.nfe or steps):
             raise ValueError(f"{steps} steps: this is a chain of {self.nfe}, and takes no other number")
         try:

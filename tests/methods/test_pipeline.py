@@ -186,7 +186,7 @@ def test_other_schedulers_become_ours(tiny_teacher):
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, HSIVIScheduler)
     assert pipe(batch_size=2, num_inference_steps=4, output_type="np").images.shape == (2, 8, 8, 1)
-    with pytest.raises(ValueError, match="needs num_inference_steps"):
+    with pytest.raises(ValueError, match="not distilled"):
         pipe(batch_size=2)
 
 
@@ -297,3 +297,12 @@ def test_opening_warns_of_nothing(tiny_student, caplog):
 def test_a_student_saved_again_stays_one(tiny_student, tmp_path):
     save_student(load_student(tiny_student), tmp_path / "s")
     assert {path.name for path in (tmp_path / "s").iterdir()} == {path.name for path in tiny_student.iterdir()}
+
+
+def test_a_run_is_no_student_and_arguments_are_checked(tiny_run, tiny_student):
+    with pytest.raises(InputError, match=r"is a run of students: name one of them, as .*nfe3"):
+        HSIVIPipeline.from_pretrained(tiny_run)
+    pipe = HSIVIPipeline.from_pretrained(tiny_student)
+    for wrong, says in (({"batch_size": 0}, "one image"), ({"seed": -1}, "from 0"), ({"seed": "a"}, "from 0")):
+        with pytest.raises(ValueError, match=says):
+            pipe(**wrong)
