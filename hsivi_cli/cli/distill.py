@@ -152,6 +152,8 @@ def distill(
     with_kernels = options.resolve_kernels(kernels, device, compiled)
     how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
+    for config in configs.values():
+        distillation.check_memory_of_step(teacher.shape, config)
     donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
@@ -233,6 +235,7 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
 
     report = []
     for k, config in configs.items():
+        console.story(f"NFE {k}: timing a step of --batch {config.batch}, after another that warms up")
         cost = distillation.dry_run(teacher, config)
         about = {"teacher": type(teacher.unet).__name__, "shape": list(teacher.shape), **teacher.schedule.config}
         about.pop("trained_betas", None)
