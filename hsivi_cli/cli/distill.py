@@ -109,7 +109,7 @@ def distill(
     from hsivi_cli.errors import InputError
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
-    from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
+    from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor, check_teacher
     from hsivi_cli.methods.student import find_best, load_student
     from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
@@ -126,6 +126,7 @@ def distill(
     code = None if network and network.endswith(".json") else network
     with console.guarded_stdout():  # of a user's own file
         teacher = load_score_net(score_net, device, about)
+        check_teacher(teacher)
     for note in teacher.notes:
         console.story(note)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"

@@ -104,6 +104,11 @@ def test_the_hash_names_weights_and_schedule(network):
         (GOOD.replace("return self.conv(x)", "return float('nan') * self.conv(x)"), "NaN or infinity"),
         (GOOD.replace("Conv2d(1, 1, 3", "Conv2d(1, 1, 5"), "does not fit"),
         (GOOD.replace("self.conv =", "self.other ="), "does not fit"),
+        ("import torch\ndef build(): return torch.nn.Identity()", "without parameters"),
+        (GOOD.replace("def forward", "def state_dict(self): return {}\n\n    def forward"), "none of its weights"),
+        (GOOD.replace("self.conv(x)", "self.conv(x.view(2, 1, 8, 8))"), "x of shape .1, 1, 8, 8.* any number"),
+        (GOOD.replace("self.conv(x)", "self.conv(x).expand(2, 1, 8, 8)"), "gave .2, 1, 8, 8.* any number"),
+        (GOOD.replace("return self.conv(x)", "x += 1; return self.conv(x)"), "changes x in place"),
     ],
 )
 def test_mistakes_in_the_file_are_told_in_one_line(network, source, what):
@@ -130,6 +135,41 @@ def test_missing_flags_are_named(network):
     path, build, _ = network()
     with pytest.raises(InputError, match="--shape C,H,W"):
         load(path, build, shape=None)
+
+
+@pytest.mark.parametrize(
+    ("decorated", "returned", "what"),
+    [
+        ("@torch.no_grad()", "self.conv(x)", "does not depend on the parameters"),
+        ("@torch.inference_mode()", "self.conv(x)", "does not depend on the parameters"),
+        ("", "self.conv(x).detach()", "does not depend on the parameters"),
+        ("", "self.conv(x).exp_().sigmoid().add_(1)", "gradient raised"),
+    ],
+)
+def test_a_network_without_gradients_draws_but_is_no_teacher(network, tmp_path, capsys, decorated, returned, what):
+    source = GOOD.replace("    def forward", f"    {decorated}\n    def forward")
+    source = source.replace("self.conv(x) * self.scale(t.reshape(-1, 1)).reshape(-1, 1, 1, 1)", returned)
+    path, build, _ = network(source)
+    teacher = [str(path), "--network", build, "--shape", "1,8,8", "--schedule", "linear"]
+    assert (
+        main(["sample", *teacher, "--solver", "ddim", "--nfe", "2", "-n", "1", "--out", str(tmp_path / "a.npy")]) == 0
+    )
+    capsys.readouterr()
+    assert main(["distill", "--score-net", *teacher, "--nfe", "2", "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: --network my_net.py:build: ")
+    assert what in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_may_write_into_its_times(network):
+    plain = load(*network()[:2])
+    x, t = torch.randn(3, *SHAPE), torch.tensor([0, 5, 998])
+    path, build, _ = network(GOOD.replace("return self.conv", "t += 1; return self.conv"))
+    writing = load(path, build)
+    torch.testing.assert_close(writing.eps(x, t), plain.eps(x, t + 1))
+    torch.testing.assert_close(writing.eps(x, 5), plain.eps(x, 6))
+    assert t.tolist() == [0, 5, 998]
 
 
 def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
