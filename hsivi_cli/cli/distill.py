@@ -155,7 +155,8 @@ def distill(
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
     for config in configs.values():
         distillation.check_memory_of_step(teacher.shape, config)
-    donor = load_student(init_from, device, code) if init_from else None
+    with console.guarded_stdout():
+        donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
@@ -237,7 +238,8 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
     report = []
     for k, config in configs.items():
         console.story(f"NFE {k}: timing a step of --batch {config.batch}, after another that warms up")
-        cost = distillation.dry_run(teacher, config)
+        with console.guarded_stdout():
+            cost = distillation.dry_run(teacher, config)
         about = {"teacher": type(teacher.unet).__name__, "shape": list(teacher.shape), **teacher.schedule.config}
         about.pop("trained_betas", None)
         report.append({"nfe": k, **about, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})

@@ -1,5 +1,6 @@
 """`--network FILE:FUNCTION`: a stranger's network, distilled and drawn from; each mistake is told in one line."""
 
+import io
 import json
 
 import numpy as np
@@ -210,6 +211,33 @@ def test_from_distillation_to_images(network, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["parameters"] == 1000 + 10
     resumed = ["distill", "--score-net", str(path), *teacher, *small, "--out", "run", "--resume"]
     assert main(resumed) == 0
+
+
+def test_what_a_network_prints_is_never_a_result(network, tmp_path, monkeypatch, capfdbinary):
+    path, build, _ = network(GOOD.replace("return self.conv", "print('called'); return self.conv"))
+    monkeypatch.chdir(tmp_path)
+    teacher = [str(path), "--network", build, "--shape", "1,8,8", "--schedule", "linear"]
+    small = ["--nfe", "2", "--steps", "1", "--batch", "4", "--critic-steps", "1", "--json"]
+    drawn = ["sample", *teacher, "--solver", "ddim", "--nfe", "2", "-n", "3"]
+    np.save("reference.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
+
+    def stdout_of(*arguments):
+        capfdbinary.readouterr()
+        assert main(list(arguments)) == 0
+        out, err = capfdbinary.readouterr()
+        assert b"called" in err
+        return out
+
+    assert np.load(io.BytesIO(stdout_of(*drawn, "--out", "-"))).shape == (3, 8, 8, 1)
+    assert json.loads(stdout_of(*drawn, "--out", "a.npy", "--json"))["out"] == "a.npy"
+    assert json.loads(stdout_of("distill", "--score-net", *teacher, *small, "--dry-run"))["dry_run"]
+    assert json.loads(stdout_of("distill", "--score-net", *teacher, *small, "--out", "run"))["run"] == "run"
+    from_run = [*small, "--init-from", "run/nfe2", "--out", "again"]
+    assert json.loads(stdout_of("distill", "--score-net", *teacher, *from_run))["run"] == "again"
+    for file in ("a.safetensors", "a.pt"):
+        assert json.loads(stdout_of("export", "run", "--network", build, "--out", file, "--json"))["out"] == file
+    judged = ["--reference", "reference.npy", "--solver", "ddim", "--nfe", "2", "-n", "20", "--features", "digits"]
+    assert json.loads(stdout_of("evaluate", *teacher, *judged, "--json"))
 
 
 def test_the_hash_is_that_of_the_content_wherever_the_file_lies(network, tmp_path):
