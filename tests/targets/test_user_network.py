@@ -132,6 +132,20 @@ def test_weights_that_want_code_are_refused_before_any_file_is_run(network, tmp_
     assert "was run" not in str(caught.value)
 
 
+def test_whole_numbers_are_no_weights(network):
+    path, build, weights = network()
+    torch.save({key: value.long() for key, value in weights.items()}, path)
+    with pytest.raises(
+        InputError, match=r"not of floating point in 3 weights \(\S+ is int64, "
+    ) as caught:
+        load(path, build)
+    assert "\n" not in str(caught.value)
+    counting = GOOD.replace("self.conv =", "self.register_buffer('n', torch.tensor(3)); self.conv =")
+    path, build, weights = network(counting)
+    torch.save(weights | {"n": torch.tensor(4)}, path)
+    assert load(path, build).unet.net.n == 4  # an integer where one is expected
+
+
 def test_missing_flags_are_named(network):
     path, build, _ = network()
     with pytest.raises(InputError, match="--shape C,H,W"):
