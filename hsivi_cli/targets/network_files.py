@@ -83,7 +83,9 @@ def _load_plain(directory: Path, config: dict[str, Any], network: str | None) ->
         raise InputError(f"{directory / CONFIG} does not say the shape of an image ({err!r})") from err
     net = build_user_network(network, (channels, height, width))
     if net.config["network_sha256"] != config.get("network_sha256"):
-        warnings.warn(f"--network {network} is not the file that {directory} was made with", stacklevel=2)
+        # names no directory: it may be one that a single file was unpacked into
+        changed = "the file has changed since this network was saved with it: its images may be others"
+        warnings.warn(f"--network {network}: {changed}", stacklevel=2)
     tensors = read_weights(directory)
     check_keys(net.net.state_dict(), tensors, directory / WEIGHTS)
     net.net.load_state_dict(tensors)

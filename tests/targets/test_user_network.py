@@ -135,9 +135,7 @@ def test_weights_that_want_code_are_refused_before_any_file_is_run(network, tmp_
 def test_whole_numbers_are_no_weights(network):
     path, build, weights = network()
     torch.save({key: value.long() for key, value in weights.items()}, path)
-    with pytest.raises(
-        InputError, match=r"not of floating point in 3 weights \(\S+ is int64, "
-    ) as caught:
+    with pytest.raises(InputError, match=r"not of floating point in 3 weights \(\S+ is int64, ") as caught:
         load(path, build)
     assert "\n" not in str(caught.value)
     counting = GOOD.replace("self.conv =", "self.register_buffer('n', torch.tensor(3)); self.conv =")
@@ -252,6 +250,26 @@ def test_what_a_network_prints_is_never_a_result(network, tmp_path, monkeypatch,
         assert json.loads(stdout_of("export", "run", "--network", build, "--out", file, "--json"))["out"] == file
     judged = ["--reference", "reference.npy", "--solver", "ddim", "--nfe", "2", "-n", "20", "--features", "digits"]
     assert json.loads(stdout_of("evaluate", *teacher, *judged, "--json"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_file_that_has_changed_since_is_told_in_one_line(network, tmp_path, monkeypatch, capsys):
+    path, build, _ = network()
+    monkeypatch.chdir(tmp_path)
+    teacher = [str(path), "--network", build, "--shape", "1,8,8", "--schedule", "linear"]
+    small = ["--nfe", "2", "--steps", "1", "--batch", "4", "--critic-steps", "1", "--out", "run"]
+    assert main(["distill", "--score-net", *teacher, *small]) == 0
+    network(GOOD + "# changed\n")
+    for command in (["sample", "run", "-n", "1", "--out", "a.npy"], ["export", "run", "--out", "a.safetensors"]):
+        capsys.readouterr()
+        assert main([*command, "--network", build]) == 0
+        err = capsys.readouterr().err
+        said = [line for line in err.splitlines() if "changed" in line]
+        assert said == [
+            f"warning: --network {build}: the file has changed since this network was saved with it: its images may be "
+            "others"
+        ]
+        assert "UserWarning" not in err
 
 
 def test_the_hash_is_that_of_the_content_wherever_the_file_lies(network, tmp_path):
