@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3, 130 or 143; see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        code = app(args=arguments, prog_name="hsivi", standalone_mode=False, obj={"arguments": tuple(arguments)})
+        with console.told_warnings():
+            code = app(args=arguments, prog_name="hsivi", standalone_mode=False, obj={"arguments": tuple(arguments)})
         if not code:
             processes.end()
     except HsiviError as err:

@@ -8,18 +8,22 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
+import hsivi_cli
 from hsivi_cli.engine import processes
 from hsivi_cli.errors import RunError
 
 SECONDS_BETWEEN_LINES = 10.0
+_PACKAGE = Path(hsivi_cli.__file__).parent
 _stderr = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -123,6 +127,36 @@ def guarded_stdout() -> Iterator[None]:
     """Send to stderr what other code prints, such as a user's model file: stdout is for the result alone."""
     with redirect_stdout(sys.stderr if processes.talks() else _nowhere()):
         yield
+
+
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """Tell what our modules below cli/ warn of (`warnings.warn`) as `warn` does, each sentence once.
+
+    What others warn of is shown as Python shows it.
+    """
+    told, shown = set[str](), warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        sentence = " ".join(str(message).split())
+        if category is not UserWarning or not Path(filename).is_relative_to(_PACKAGE):
+            shown(message, category, filename, lineno, file, line)
+        elif sentence not in told:
+            told.add(sentence)
+            warn(sentence)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 class Advance:

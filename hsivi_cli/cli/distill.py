@@ -109,7 +109,7 @@ def distill(
     from hsivi_cli.errors import InputError
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
-    from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
+    from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor, check_teacher
     from hsivi_cli.methods.student import find_best, load_student
     from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
@@ -126,6 +126,7 @@ def distill(
     code = None if network and network.endswith(".json") else network
     with console.guarded_stdout():  # of a user's own file
         teacher = load_score_net(score_net, device, about)
+        check_teacher(teacher)
     for note in teacher.notes:
         console.story(note)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"
@@ -152,7 +153,10 @@ def distill(
     with_kernels = options.resolve_kernels(kernels, device, compiled)
     how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
-    donor = load_student(init_from, device, code) if init_from else None
+    for config in configs.values():
+        distillation.check_memory_of_step(teacher.shape, config)
+    with console.guarded_stdout():
+        donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
@@ -233,7 +237,9 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
 
     report = []
     for k, config in configs.items():
-        cost = distillation.dry_run(teacher, config)
+        console.story(f"NFE {k}: timing a step of --batch {config.batch}, after another that warms up")
+        with console.guarded_stdout():
+            cost = distillation.dry_run(teacher, config)
         about = {"teacher": type(teacher.unet).__name__, "shape": list(teacher.shape), **teacher.schedule.config}
         about.pop("trained_betas", None)
         report.append({"nfe": k, **about, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})

@@ -25,7 +25,7 @@ def draw_all(title: str, sampler: "Sampler", n: int, seed: int, batch_size: int)
     if sampler.compiles:
         console.story("compiling the network first, about a minute where torch has not done it before")
     start, done = time.monotonic(), 0
-    with console.progress(title, n) as advance:
+    with console.guarded_stdout(), console.progress(title, n) as advance:  # a user's network may print
         for batch in draw_images(sampler, n, seed, batch_size, on_batch=advance):
             images[done : done + len(batch)] = batch
             if done == 0 and sampler.compiles:

@@ -116,7 +116,8 @@ def evaluate(
     height, width, channels = source.shape if isinstance(source, ImageSet) else (*source.shape[1:], source.shape[0])
     choice = features or default_features((height, width, channels))
     # extractor and reference come first: what is wrong with them is known before minutes of drawing
-    extractor = _load_extractor(choice, weights, device, defaulted=features is None)
+    with console.guarded_stdout():  # of a user's own file
+        extractor = _load_extractor(choice, weights, device, defaulted=features is None)
     known = open_reference(reference, extractor, (height, width, channels))
     if isinstance(source, ImageSet) and num_samples is not None and len(source) < num_samples:
         console.warn(f"-n {num_samples}: {samples} holds {len(source)} images only, all of them are used")
@@ -128,10 +129,10 @@ def evaluate(
         drawn |= {"n": count, "seed": seed}
         console.story(f"drawing {count} images with {source.name}, seed {seed}")
         source = image_set(draw_all("drawing", source, count, seed, batch_size), samples)
-    with console.progress("features of the samples", len(source)) as advance:
+    with console.guarded_stdout(), console.progress("features of the samples", len(source)) as advance:
         found = extract_features(source, extractor, batch_size, device, advance)
     if isinstance(known, ImageSet):
-        with console.progress("features of the reference", len(known)) as advance:
+        with console.guarded_stdout(), console.progress("features of the reference", len(known)) as advance:
             target: Features | Statistics = extract_features(known, extractor, batch_size, device, advance)
     else:
         target = known

@@ -36,9 +36,11 @@ def export(
 
     chosen = choose_format(out, kind)
     device = options.resolve_device(device, threads)
-    model = load_student(select_student(None if student == Path("shipped") else student, nfe), device, network)
+    with console.guarded_stdout():  # of a user's own file
+        model = load_student(select_student(None if student == Path("shipped") else student, nfe), device, network)
     console.story(f"exporting the student of NFE {model.nfe} as {chosen}")
-    done = export_student(model, out, chosen, network, force)
+    with console.guarded_stdout():
+        done = export_student(model, out, chosen, network, force)
     console.story(f"opened again: largest difference {done.max_difference:.3g} over {done.images} images in [-1, 1]")
     if chosen != "safetensors":
         channels, height, width = model.shape

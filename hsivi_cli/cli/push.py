@@ -25,7 +25,8 @@ def push(
     from hsivi_cli.methods.student import load_student, select_student
 
     check_repository(repository)
-    model = load_student(select_student(student, nfe), "cpu", network)
+    with console.guarded_stdout():  # of a user's own file
+        model = load_student(select_student(student, nfe), "cpu", network)
     if dry_run:
         with staged(model, repository) as folder:
             names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -82,6 +82,7 @@ def train(
         accumulate=accumulate,
         compiled=compiled,
     )
+    training.check_memory_of_step(shape, config)
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
     with processes.led(lambda: run_directory(out, training.resolved(config, source), resume)) as had_run:
         processes.from_main(lambda: configuration.keep_options(ctx, out, resume))

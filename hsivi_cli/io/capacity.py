@@ -31,9 +31,12 @@ def block_size(folder: Path) -> int:
     return os.statvfs(folder).f_frsize
 
 
-def check_memory(what: str, needed: int) -> None:
-    """Raise InputError if `needed` bytes do not fit memory; `what` begins the line, as "-n 10"."""
-    if needed > (free := free_memory()):
+def check_memory(what: str, needed: int, free: int | None = None) -> None:
+    """Raise InputError if `needed` bytes do not fit memory; `what` begins the line, as "-n 10".
+
+    `free` are the bytes of another memory than this machine's own, such as a GPU's.
+    """
+    if needed > (free := free_memory() if free is None else free):
         raise InputError(f"{what} takes {human(needed)} of memory, and {human(free)} are free: ask for fewer")
 
 

@@ -20,6 +20,7 @@ from hsivi_cli.engine import processes
 from hsivi_cli.engine.diagnosis import HISTORY, Diagnosis, averages, diagnose
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
+from hsivi_cli.io.capacity import check_memory
 from hsivi_cli.io.files import read_json
 from hsivi_cli.io.metrics_log import is_number, plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.io.run_directory import METRICS, checkpoints
@@ -164,6 +165,22 @@ def distill(
 
     processes.from_main(finish)
     return load_student(target, config.device, network)
+
+
+def check_memory_of_step(shape: tuple[int, int, int], config: hsivi_sm.DistillConfig) -> None:
+    """Raise InputError, at once, if what a step keeps of images (C, H, W) alone cannot fit memory: an estimate from
+    below, without the networks."""
+    image = 4 * math.prod(shape)  # float32
+    mine = 1 if config.device.startswith("cuda") else processes.on_this_machine()
+    # x and eps of every layer, of all chains in every process
+    rollout = 2 * (len(config.grid) - 1) * config.rollout_chains * image * mine
+    # of the rows that are computed at once: x, eps, the image to compare at, and the critic's answer
+    rows = 4 * (config.batch * image * mine // (processes.count() * config.accumulate))
+    rows += 8 * config.batch  # and which inputs they are
+    free = torch.cuda.mem_get_info(config.device)[0] if config.device.startswith("cuda") else None
+    if config.rollout and config.rollout_cache:
+        check_memory(f"--rollout {config.rollout}", rollout, free)
+    check_memory(f"--batch {config.batch}", rollout + rows, free)
 
 
 def dry_run(teacher: ScoreNet, config: hsivi_sm.DistillConfig) -> DryRun:

@@ -46,9 +46,10 @@ from hsivi_cli.kernels.convert import fuse
 from hsivi_cli.kernels.philox import Draw
 from hsivi_cli.kernels.student_loss import Loss
 from hsivi_cli.methods.student import Student, chain_states, sample_student
-from hsivi_cli.networks.noise_prediction import predict_eps
+from hsivi_cli.networks.noise_prediction import PlainNetwork, predict_eps
 from hsivi_cli.objectives.matching import Comparison, critic_loss, student_losses
 from hsivi_cli.targets.score_net import ScoreNet
+from hsivi_cli.targets.user_network import check_trainable
 from hsivi_cli.transitions.gaussian_layer import (
     LayerCoefficients,
     comparison_rows,
@@ -147,6 +148,12 @@ def check_donor(teacher: ScoreNet, donor: Student) -> None:
         raise InputError(
             f"--init-from {donor.path} has another noise schedule than the teacher: choose one of its students"
         )
+
+
+def check_teacher(teacher: ScoreNet) -> None:
+    """Raise InputError unless copies of the teacher can be trained; a user's own network may not be of that kind."""
+    if isinstance(teacher.unet, PlainNetwork):
+        check_trainable(teacher.unet)
 
 
 def init(target: ScoreNet, config: DistillConfig, warm_start: Student | None = None) -> DistillState:

@@ -16,6 +16,7 @@ from hsivi_cli.engine import processes
 from hsivi_cli.engine.loop import Hooks, LoopConfig, resume, run_loop
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError
+from hsivi_cli.io.capacity import check_memory
 from hsivi_cli.io.files import atomic_directory, write_json, write_sums
 from hsivi_cli.io.metrics_log import is_number, plot_metrics, read_metrics, rewind_metrics
 from hsivi_cli.io.run_directory import METRICS, checkpoints
@@ -66,6 +67,13 @@ def unet_arguments(
         "up_block_types": ("UpBlock2D",) * len(channels),
         "add_attention": attention,
     }
+
+
+def check_memory_of_step(shape: tuple[int, int, int], config: ddpm.DDPMConfig) -> None:
+    """Raise InputError, at once, if a batch of images (C, H, W) cannot fit memory: from below, without the network."""
+    # in every process the whole of it: uint8 as it was drawn, and float32 clean, noise and noisy
+    batch = config.batch * math.prod(shape) * (1 + 3 * 4)
+    check_memory(f"--batch {config.batch}", batch * processes.on_this_machine())
 
 
 def default_channels(size: int) -> tuple[int, ...]:

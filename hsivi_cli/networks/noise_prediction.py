@@ -87,8 +87,9 @@ class PlainNetwork(nn.Module):
         }
 
     def forward(self, x: Float[Tensor, "n c h w"], t: Int[Tensor, " n"] | Int[Tensor, ""]) -> Tensor:
-        """What the network answers, told one time a sample."""
-        return self.net(x, t.expand(x.shape[0]))  # len(x) would be a constant to those who trace it
+        """What the network answers, told one time a sample, in a tensor of its own: it may write into it."""
+        # len(x) would be a constant to those who trace it
+        return self.net(x, t.expand(x.shape[0]).clone(memory_format=torch.contiguous_format))
 
 
 PLAIN = "hsivi_cli.PlainNetwork"

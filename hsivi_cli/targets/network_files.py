@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import check_sums, read_json, write_json
 from hsivi_cli.networks.noise_prediction import PLAIN, PlainNetwork
+from hsivi_cli.targets.checkpoints.fit import check_floating, whole_numbers
 from hsivi_cli.targets.checkpoints.read import read_tensors
 
 # classes that a directory may name, and the modules they are in
@@ -82,7 +83,9 @@ def _load_plain(directory: Path, config: dict[str, Any], network: str | None) ->
         raise InputError(f"{directory / CONFIG} does not say the shape of an image ({err!r})") from err
     net = build_user_network(network, (channels, height, width))
     if net.config["network_sha256"] != config.get("network_sha256"):
-        warnings.warn(f"--network {network} is not the file that {directory} was made with", stacklevel=2)
+        # names no directory: it may be one that a single file was unpacked into
+        changed = "the file has changed since this network was saved with it: its images may be others"
+        warnings.warn(f"--network {network}: {changed}", stacklevel=2)
     tensors = read_weights(directory)
     check_keys(net.net.state_dict(), tensors, directory / WEIGHTS)
     net.net.load_state_dict(tensors)
@@ -143,11 +146,12 @@ def fill(build: Any, tensors: dict[str, Tensor], where: Path) -> nn.Module:
 
 
 def check_keys(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: Path) -> None:
-    """Raise InputError unless names and shapes are those expected."""
+    """Raise InputError unless names, shapes and types are those expected."""
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong = wrong or [name for name, tensor in expected.items() if tensor.shape != tensors[name].shape]
     if wrong:
         raise InputError(f"{where} does not fit its {CONFIG}: {len(wrong)} weights differ, the first is {wrong[0]}")
+    check_floating(whole_numbers(tensors, expected), where)
 
 
 def _build(kind: str, config: dict[str, Any], where: Path) -> nn.Module:

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +38,19 @@ def test_a_closed_stdout_is_named(monkeypatch):
     ):
         with pytest.raises(RunError, match="stdout is closed"):
             print_result()
+
+
+def test_warnings_of_our_own_modules_are_told_as_any_other_once_each(capsys, recwarn):
+    ours = str(Path(console.__file__).parent.parent / "kernels" / "agreement.py")
+    before = warnings.showwarning
+    with console.told_warnings():
+        for text in ("it fails\nits check", "it fails its check", "and another"):
+            warnings.warn_explicit(text, UserWarning, ours, 1)
+        warnings.warn_explicit("of torch", UserWarning, "/elsewhere/torch.py", 1)
+        warnings.warn_explicit("old", FutureWarning, ours, 2)
+    assert capsys.readouterr().err == "warning: it fails its check\nwarning: and another\n"
+    assert "of torch" in [str(warning.message) for warning in recwarn]
+    assert warnings.showwarning is before
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

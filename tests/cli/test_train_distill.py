@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hsivi_cli.cli.app import main
+from hsivi_cli.errors import InputError
 from hsivi_cli.io.run_directory import checkpoints
 
 TRAIN = ["train", "--data", "digits", "--steps", "6", "--batch", "8", "--channels", "16,32", "--warmup", "2"]
@@ -125,6 +126,40 @@ def test_dry_run_reports_and_writes_nothing(teacher, tmp_path, capsys, objective
     assert report["memory_bytes"] > 0
     assert report["critic_steps"] == (20 if objective == "sm" else 5)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_before_it_measures_that_it_does(teacher, capsys, monkeypatch):
+    from hsivi_cli.methods import distillation
+
+    def measure(*arguments):
+        assert "NFE 2: timing a step of --batch 9" in capsys.readouterr().err
+        raise InputError("measured")
+
+    monkeypatch.setattr(distillation, "dry_run", measure)
+    assert main(["distill", "--score-net", str(teacher), "--nfe", "2", "--batch", "9", "--dry-run"]) == 2
+    assert "measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--rollout"])
+def test_a_step_that_cannot_fit_memory_is_refused_before_anything_is_made(teacher, tmp_path, capsys, monkeypatch, flag):
+    from hsivi_cli.methods import distillation
+
+    def measure(*arguments):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(distillation, "dry_run", measure)
+    capsys.readouterr()
+    out = tmp_path / "run"
+    huge = [flag, "999999999999", "--out", str(out)]
+    for more in ([], ["--dry-run"]):
+        assert main(["distill", "--score-net", str(teacher), "--nfe", "2", *huge, *more]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {flag} 999999999999 takes ")
+        assert said.count("\n") == 1
+    if flag == "--batch":
+        assert main(["train", "--data", "digits", *huge]) == 2
+        assert capsys.readouterr().err.startswith("error: --batch 999999999999 takes ")
+    assert not out.exists()
 
 
 def test_warm_start_goes_from_the_larger_nfe_to_the_smaller(teacher, tmp_path):

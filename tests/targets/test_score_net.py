@@ -69,6 +69,11 @@ def nan_weight(path):
     save_file(tensors, path / WEIGHTS)
 
 
+def whole_numbers(path):
+    tensors = load_file(path / WEIGHTS)
+    save_file({name: tensor.long() for name, tensor in tensors.items()}, path / WEIGHTS)
+
+
 def other_network(path):
     save_file({"w": torch.ones(2)}, path / WEIGHTS)
 
@@ -90,6 +95,7 @@ def other_network(path):
         (lambda p: edit_json(p / "unet/config.json", class_embed_type="timestep"), "class_embed_type"),
         (lambda p: edit_json(p / "scheduler/scheduler_config.json", prediction_type="flow"), "flow"),
         (lambda p: edit_json(p / "scheduler/scheduler_config.json", beta_schedule="sigmoid"), "sigmoid"),
+        (whole_numbers, "is not of floating point in"),
         (lambda p: shutil.rmtree(p / "scheduler"), "--schedule linear"),
         (lambda p: shutil.rmtree(p), "does not exist"),
     ],

@@ -19,7 +19,8 @@ NAMED, MAX_NAME = 3, 120
 class Fitted:
     """`tensors` has the expected names. `stripped` was taken off the file's names, `added` put before them.
 
-    `missing` and `misshapen` name what the network lacks, `unexpected` (the file's names) what it has no place for.
+    `missing` and `misshapen` name what the network lacks, `unexpected` (the file's names) what it has no place for,
+    `whole` what are whole numbers (or complex ones) in the file alone.
     """
 
     tensors: dict[str, Tensor]
@@ -28,6 +29,7 @@ class Fitted:
     missing: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -48,7 +50,7 @@ class Fitted:
 
 
 def fit_keys(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fitted:
-    """Rename `tensors` to the names of the state dict `expected`, of which only the shapes are read.
+    """Rename `tensors` to the names of the state dict `expected`, of which only shapes and types are read.
 
     One common prefix is stripped or added, whichever makes most names fit with their shapes; wrappers of torch.compile,
     FSDP and activation checkpointing are dropped wherever they stand.
@@ -74,16 +76,32 @@ def fit_keys(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> F
     missing = tuple(name for name in expected if name not in found)
     used = {renamed[name] for name in found}
     unexpected = tuple(origin[name] for name in plain if name not in used)
-    return Fitted(found, strip, add, missing, misshapen, unexpected)
+    return Fitted(found, strip, add, missing, misshapen, unexpected, whole_numbers(found, expected))
+
+
+def whole_numbers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of tensors that are not of floating point where `expected`, which has all of their names, is."""
+    return tuple(
+        f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in tensors.items()
+        if expected[name].is_floating_point() and not tensor.is_floating_point()
+    )
 
 
 def check_fit(fitted: Fitted, path: Path, network: str) -> None:
-    """Raise InputError in one line where weights are missing or have other shapes than `network` expects."""
+    """Raise InputError in one line where weights are missing or have other shapes or types than `network` expects."""
     if fitted.complete:
+        check_floating(fitted.whole, path)
         return
     faults = {"missing": fitted.missing, "of another shape": fitted.misshapen, "without a place": fitted.unexpected}
     said = [f"{count(names)} {fault}" for fault, names in faults.items() if names]
     raise InputError(f"{path} does not fit {network}: {'; '.join(said)}")
+
+
+def check_floating(whole: Sequence[str], path: Path) -> None:
+    """Raise InputError in one line if there are any of `whole_numbers`."""
+    if whole:
+        raise InputError(f"{path} is not of floating point in {count(whole)}: save the weights as they were trained")
 
 
 def count(names: Sequence[str]) -> str:
