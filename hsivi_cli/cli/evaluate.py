@@ -153,6 +153,7 @@ def _open_samples(
     """Images, or a sampler with what the protocol says about it."""
     import sys
 
+    from hsivi_cli.engine.run_view import refuse_unfinished
     from hsivi_cli.io.exported import refuse_program
     from hsivi_cli.io.images import SUBSET_SEED, read_image_stream, read_images
     from hsivi_cli.methods.sampling import open_sampler
@@ -172,6 +173,7 @@ def _open_samples(
             drawn["teacher_fid"] = description_of(select_student(path, sampler.nfe)).get("teacher_fid")
         return sampler, drawn
     refuse_program(path, OF_STUDENT)
+    refuse_unfinished(path, nfe)
     about = solving["options"]
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
     given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")}

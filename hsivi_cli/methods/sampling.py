@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hsivi_cli.engine import processes
 from hsivi_cli.engine.optimisation import Precision, autocast
+from hsivi_cli.engine.run_view import refuse_unfinished
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
 from hsivi_cli.io.exported import refuse_program
@@ -77,6 +78,8 @@ def open_sampler(
         refuse_program(path, OF_STUDENT)
         what = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
+    if path is not None and solver is None:
+        refuse_unfinished(path, nfe)
     is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)
     if path is not None and (path / DESCRIPTION).is_file():
         is_teacher = False  # a student has a scheduler too, for diffusers
