@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 # the published recipe of HSIVI-SM for CIFAR-10 (arXiv 2310.17153)
 PAPER_CRITIC_STEPS, PAPER_LR, PAPER_LR_CRITIC = 20, 1.6e-5, 8e-5
 
+# settings that are not called as on the command line, and those that no option is the name of; see `check_run`
+FLAGS = {
+    "lr_student": "--lr",
+    "grids": "--nfe",
+    "grids.*": "--grid",
+    "teacher_sha256": "the teacher is not what it was: --score-net's weights, its schedule or --network's file changed",
+    "init_from_sha256": "the student of --init-from is not what it was",
+}
+
 
 def distill(
     ctx: typer.Context,
@@ -157,14 +166,15 @@ def distill(
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
+    flags = options.flags_of(plan, FLAGS)
     outputs = _outputs(teacher, reference, fid_images, preview_every, device, keep)
     if out is not None:
-        processes.from_main(lambda: check_run(out, plan, resume))
+        processes.from_main(lambda: check_run(out, plan, resume, flags))
     if dry_run:
         _report_cost(teacher, configs, as_json)
         return
     assert out is not None
-    with processes.led(lambda: run_directory(out, plan, resume)) as had_run:
+    with processes.led(lambda: run_directory(out, plan, resume, flags)) as had_run:
         processes.from_main(lambda: configuration.keep_options(ctx, out, resume))
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")

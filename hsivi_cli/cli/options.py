@@ -1,5 +1,6 @@
 """Options that several subcommands share, so that they read the same everywhere."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -218,6 +219,11 @@ def resolve_kernels(value: str, device: str, compiled: bool = False) -> "KernelC
     from hsivi_cli.kernels.agreement import agrees
 
     return "triton" if choice == "triton" or agrees(torch.device(device)) else "torch"
+
+
+def flags_of(plan: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:
+    """How the settings of a run are called on the command line, for `check_run`: by their own name but for `others`."""
+    return {name: f"--{name.replace('_', '-')}" for name in plan} | dict(others)
 
 
 def parse_integers(flag: str, value: str, distinct: bool = True) -> list[int]:
