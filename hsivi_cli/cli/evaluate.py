@@ -55,7 +55,7 @@ def evaluate(
         ),
     ] = None,
     nfe: Annotated[
-        int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
+        int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations (10).")
     ] = None,
     label: options.Label = None,
     solver: options.Solver = None,
