@@ -9,6 +9,7 @@ import typer
 
 from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.training_progress import Follower, follow
+from hsivi_cli.cli.wording import figure
 from hsivi_cli.engine import processes
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def distill(
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor
-    from hsivi_cli.methods.student import find_best, load_student
+    from hsivi_cli.methods.student import DESCRIPTION, find_best, load_student
     from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
 
@@ -133,10 +134,11 @@ def distill(
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
     # a JSON says how to read the teacher's file; its students are saved as networks that need none
     code = None if network and network.endswith(".json") else network
-    with console.guarded_stdout():  # of a user's own file
+    with console.guarded_stdout(), options.from_config(ctx, "score_net", config_file):  # of a user's own file
         teacher = load_score_net(score_net, device, about)
     for note in teacher.notes:
         console.story(note)
+    options.check_batch(f"--batch {batch}", batch, teacher.shape, device)
     paper = options.check_choice("--objective", objective, ("diffused-kl", "diffused-fisher", "sm")) == "sm"
     settings: dict[str, Any] = {
         "steps": steps,
@@ -161,6 +163,9 @@ def distill(
     with_kernels = options.resolve_kernels(kernels, device, compiled)
     how: dict[str, Any] = {"device": device, "kernels": with_kernels, "accumulate": accumulate, "compiled": compiled}
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
+    if init_from is not None and not init_from.is_file() and not (init_from / DESCRIPTION).is_file():
+        what = "holds no student itself" if init_from.exists() else "does not exist"
+        raise InputError(f"--init-from {init_from} {what}: name the directory of a student, as RUN/nfe5")
     donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
@@ -248,11 +253,17 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
         about.pop("trained_betas", None)
         report.append({"nfe": k, **about, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})
         report[-1] |= {"memory_bytes": cost.memory_bytes, "total_seconds": cost.total_seconds}
+        report[-1] |= {"rollout_chains": config.rollout_chains}
+    total = sum(row["total_seconds"] for row in report)
     if as_json:
-        console.result_json({"dry_run": report})
+        console.result_json({"dry_run": report, "total_seconds": total})
         return
     for row in report:
-        fields = [(name, str(value)) for name, value in row.items() if name not in ("memory_bytes", "total_seconds")]
+        said = {"rollout": f"{row['rollout_chains']} chains", "seconds_per_step": figure(row["seconds_per_step"])}
+        apart = ("memory_bytes", "total_seconds", "rollout_chains")
+        fields = [(name, said.get(name, str(value))) for name, value in row.items() if name not in apart]
         fields += [("memory", f"{row['memory_bytes'] / 2**20:.0f} MiB")]
         fields += [("expected total", f"{row['total_seconds'] / 60:.1f} minutes, previews not counted")]
         console.result_table(f"Dry run for NFE {row['nfe']}", fields)
+    if len(report) > 1:
+        console.result_table("", [(f"expected total, all {len(report)} students", f"{total / 60:.1f} minutes")])

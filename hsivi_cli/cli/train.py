@@ -72,7 +72,8 @@ def train(
 
     device = options.image_device(device, threads)
     options.check_choice("--schedule", schedule, tuple(training.SCHEDULES))
-    images = read_images(data)
+    with options.from_config(ctx, "data", config_file):
+        images = read_images(data)
     pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
     shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
     try:
