@@ -235,7 +235,7 @@ def check_batch(what: str, images: int, shape: tuple[int, int, int], device: str
         size = "x".join(map(str, shape))
         raise InputError(
             f"{what}: {images} images of {size} alone take {human(needed)} of memory, and {human(free)} are free: "
-            "give fewer, or smaller ones (is --shape right?)"
+            f"{'give' if what.startswith('--shape') else 'give fewer or'} smaller ones (is --shape right?)"
         )
 
 

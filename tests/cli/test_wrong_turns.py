@@ -34,7 +34,9 @@ def test_images_larger_than_memory(tiny_teacher, capsys, monkeypatch):
     monkeypatch.setattr(capacity, "free_memory", lambda: 2**20)
     weights = tiny_teacher / "unet" / "diffusion_pytorch_model.safetensors"
     line = refused(capsys, "distill", "--score-net", weights, "--network", "n.py", "--shape", "1,999,999", "--dry-run")
-    assert "--shape 1,999,999: 2 images of 1x999x999 alone take 7.614 MiB of memory, and 1 MiB are free" in line
+    assert (
+        "--shape 1,999,999: 2 images of 1x999x999 alone take 7.614 MiB of memory, and 1 MiB are free: give sm" in line
+    )
     line = refused(capsys, "distill", "--score-net", tiny_teacher, "--batch", "9999", "--dry-run", "--device", "cpu")
     assert "--batch 9999: 9999 images of 1x8x8 alone" in line
     options.check_batch("--batch 9999", 9999, (1, 8, 8), "cuda")  # has memory of its own
