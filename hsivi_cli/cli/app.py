@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 import typer
 
@@ -74,6 +75,13 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _check_outputs(arguments: Sequence[str]) -> None:
+    """Raise InputError for an output without a name, which would mean the folder one is in."""
+    for flag in ("--out", "--save"):
+        if f"{flag}=" in arguments or (flag, "") in pairwise(arguments):
+            raise InputError(f'{flag} "" is empty: name what to write')
+
+
 def _bug(err: Exception) -> int:
     console.error(f"this is a bug in hsivi {hsivi_cli.__version__}: please report the lines above", err)
     return 1
@@ -83,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (0, 1, 2, 3, 130 or 143; see `errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        _check_outputs(arguments)
         with console.told_warnings():
             code = app(args=arguments, prog_name="hsivi", standalone_mode=False, obj={"arguments": tuple(arguments)})
         if not code:
@@ -110,7 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, MemoryError) and "out of memory" not in str(err) and "allocate memory" not in str(err):
             return _bug(err)
-        console.error("out of memory: lower the batch size (--batch in train and distill, --batch-size elsewhere)")
+        shaped = any(argument.split("=")[0] == "--shape" for argument in arguments)
+        images = ", or give smaller images (is --shape right?)" if shaped else ""
+        console.error(
+            f"out of memory: lower the batch size (--batch in train and distill, --batch-size elsewhere){images}"
+        )
         return 1
     except Exception as err:
         return _bug(err)

@@ -41,12 +41,14 @@ def config(
 
 def _print_run(run: Path, arguments: list[str], commands: list[str], as_json: bool) -> None:
     from hsivi_cli.errors import InputError
-    from hsivi_cli.io.run_directory import OPTIONS
+    from hsivi_cli.io.run_directory import CONFIG, OPTIONS
     from hsivi_cli.io.toml import read_toml
 
     if not run.is_dir():
         raise InputError(f"{run} is no run directory and none of the commands {', '.join(commands)}")
     if not (run / OPTIONS).is_file():
+        if not (run / CONFIG).is_file():
+            raise InputError(f"{run} is no run directory: it holds no {OPTIONS}")
         raise InputError(f"{run} holds no {OPTIONS}: see 'hsivi inspect {run}' for what is known of it")
     if arguments:
         raise InputError(f"{arguments[0]} belongs to a command, and {run} is a run: give one or the other")

@@ -9,6 +9,7 @@ import typer
 
 from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.training_progress import Follower, follow
+from hsivi_cli.cli.wording import figure
 from hsivi_cli.engine import processes
 
 if TYPE_CHECKING:
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
 # the published recipe of HSIVI-SM for CIFAR-10 (arXiv 2310.17153)
 PAPER_CRITIC_STEPS, PAPER_LR, PAPER_LR_CRITIC = 20, 1.6e-5, 8e-5
+
+# settings that are not called as on the command line, and those that no option is the name of; see `check_run`
+FLAGS = {
+    "lr_student": "--lr",
+    "grids": "--nfe",
+    "grids.*": "--grid",
+    "teacher_sha256": "the teacher is not what it was: --score-net's weights, its schedule or --network's file changed",
+    "init_from_sha256": "the student of --init-from is not what it was",
+}
 
 
 def distill(
@@ -110,7 +120,7 @@ def distill(
     from hsivi_cli.io.run_directory import check_run, run_directory
     from hsivi_cli.methods import distillation
     from hsivi_cli.methods.hsivi_sm import DistillConfig, check_donor, check_teacher
-    from hsivi_cli.methods.student import find_best, load_student
+    from hsivi_cli.methods.student import DESCRIPTION, find_best, load_student
     from hsivi_cli.networks.noise_prediction import PlainNetwork
     from hsivi_cli.targets.score_net import load_score_net
 
@@ -124,7 +134,7 @@ def distill(
     about = options.network_options(network, shape, schedule, beta_start, beta_end, timesteps, prediction)
     # a JSON says how to read the teacher's file; its students are saved as networks that need none
     code = None if network and network.endswith(".json") else network
-    with console.guarded_stdout():  # of a user's own file
+    with console.guarded_stdout(), options.from_config(ctx, "score_net", config_file):  # of a user's own file
         teacher = load_score_net(score_net, device, about)
         check_teacher(teacher)
     for note in teacher.notes:
@@ -155,20 +165,24 @@ def distill(
     configs = {k: DistillConfig(grid=grids[k], **settings, **how) for k in nfes}
     for config in configs.values():
         distillation.check_memory_of_step(teacher.shape, config)
+    if init_from is not None and not init_from.is_file() and not (init_from / DESCRIPTION).is_file():
+        what = "holds no student itself" if init_from.exists() else "does not exist"
+        raise InputError(f"--init-from {init_from} {what}: name the directory of a student, as RUN/nfe5")
     with console.guarded_stdout():
         donor = load_student(init_from, device, code) if init_from else None
     if donor is not None:
         check_donor(teacher, donor)
     plan = settings | {"teacher_sha256": teacher.sha256, "grids": {str(k): list(grids[k]) for k in nfes}}
     plan |= {"warm_start": warm_start, "init_from_sha256": donor.sha256 if donor else None}
+    flags = options.flags_of(plan, FLAGS)
     outputs = _outputs(teacher, reference, fid_images, preview_every, device, keep)
     if out is not None:
-        processes.from_main(lambda: check_run(out, plan, resume))
+        processes.from_main(lambda: check_run(out, plan, resume, flags))
     if dry_run:
         _report_cost(teacher, configs, as_json)
         return
     assert out is not None
-    with processes.led(lambda: run_directory(out, plan, resume)) as had_run:
+    with processes.led(lambda: run_directory(out, plan, resume, flags)) as had_run:
         processes.from_main(lambda: configuration.keep_options(ctx, out, resume))
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")
@@ -244,11 +258,17 @@ def _report_cost(teacher: "ScoreNet", configs: dict[int, "DistillConfig"], as_js
         about.pop("trained_betas", None)
         report.append({"nfe": k, **about, **distillation.resolved(config), "seconds_per_step": cost.seconds_per_step})
         report[-1] |= {"memory_bytes": cost.memory_bytes, "total_seconds": cost.total_seconds}
+        report[-1] |= {"rollout_chains": config.rollout_chains}
+    total = sum(row["total_seconds"] for row in report)
     if as_json:
-        console.result_json({"dry_run": report})
+        console.result_json({"dry_run": report, "total_seconds": total})
         return
     for row in report:
-        fields = [(name, str(value)) for name, value in row.items() if name not in ("memory_bytes", "total_seconds")]
+        said = {"rollout": f"{row['rollout_chains']} chains", "seconds_per_step": figure(row["seconds_per_step"])}
+        apart = ("memory_bytes", "total_seconds", "rollout_chains")
+        fields = [(name, said.get(name, str(value))) for name, value in row.items() if name not in apart]
         fields += [("memory", f"{row['memory_bytes'] / 2**20:.0f} MiB")]
         fields += [("expected total", f"{row['total_seconds'] / 60:.1f} minutes, previews not counted")]
         console.result_table(f"Dry run for NFE {row['nfe']}", fields)
+    if len(report) > 1:
+        console.result_table("", [(f"expected total, all {len(report)} students", f"{total / 60:.1f} minutes")])

@@ -55,7 +55,7 @@ def evaluate(
         ),
     ] = None,
     nfe: Annotated[
-        int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations.")
+        int | None, typer.Option("--nfe", min=1, help="Which student, or how many solver evaluations (10).")
     ] = None,
     label: options.Label = None,
     solver: options.Solver = None,
@@ -154,9 +154,12 @@ def _open_samples(
     """Images, or a sampler with what the protocol says about it."""
     import sys
 
+    from hsivi_cli.engine.run_view import refuse_unfinished
+    from hsivi_cli.io.exported import refuse_program
     from hsivi_cli.io.images import SUBSET_SEED, read_image_stream, read_images
     from hsivi_cli.methods.sampling import open_sampler
     from hsivi_cli.methods.student import description_of, find_students, is_student_file, select_student
+    from hsivi_cli.methods.student_file import OF_STUDENT
 
     solver = solving["solver"]
     path = None if samples == "shipped" else Path(samples)
@@ -170,6 +173,8 @@ def _open_samples(
         if solver is None:
             drawn["teacher_fid"] = description_of(select_student(path, sampler.nfe)).get("teacher_fid")
         return sampler, drawn
+    refuse_program(path, OF_STUDENT)
+    refuse_unfinished(path, nfe)
     about = solving["options"]
     given = {"nfe": nfe, "network": about.network, "shape": about.shape, "schedule": about.schedule or None}
     given |= {name: solving[name] for name in ("spacing", "order", "clip", "precision")}

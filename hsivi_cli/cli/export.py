@@ -31,11 +31,14 @@ def export(
     config_file: configuration.ConfigFile = None,
 ) -> None:
     """Write a student to one file, open the file again, and say how far its images are from the student's."""
-    from hsivi_cli.methods.export import choose_format, export_student
+    from hsivi_cli.engine.run_view import refuse_unfinished
+    from hsivi_cli.methods.export import check_out, choose_format, export_student
     from hsivi_cli.methods.student import load_student, select_student
 
     chosen = choose_format(out, kind)
+    check_out(out, force)  # before a network is loaded
     device = options.resolve_device(device, threads)
+    refuse_unfinished(student, nfe)
     with console.guarded_stdout():  # of a user's own file
         model = load_student(select_student(None if student == Path("shipped") else student, nfe), device, network)
     console.story(f"exporting the student of NFE {model.nfe} as {chosen}")

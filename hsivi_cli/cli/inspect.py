@@ -9,13 +9,16 @@ from hsivi_cli.cli import console, options
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Teacher, student or run directory, .safetensors, .pt or .npz file.")],
+    path: Annotated[
+        Path, typer.Argument(help="Teacher, student or run directory, 'shipped', .safetensors, .pt, .pt2 or .npz file.")
+    ],
     as_json: options.AsJson = False,
 ) -> None:
     """Say what a checkpoint or run is: architecture, parameters, schedule, grid, hashes, metrics so far."""
+    from hsivi_cli.io.files import asset
     from hsivi_cli.methods.describe import describe
 
-    facts = describe(path)
+    facts = describe(asset("mnist") if path == Path("shipped") and not path.exists() else path)
     if as_json:
         console.result_json(facts)
         return

@@ -1,5 +1,8 @@
 """Options that several subcommands share, so that they read the same everywhere."""
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -90,8 +93,8 @@ Network = Annotated[
     str | None,
     typer.Option(
         "--network",
-        help="FILE.py:FUNCTION that builds your own network, called as net(x, t) (the file is run: read it first), or "
-        "a .json that says the architecture of weights in a known layout.",
+        help="FILE.py:FUNCTION that builds your own network, called as net(x, t) (the file is run: read it first; "
+        "FILE.py alone means its function build), or a .json that says the architecture of weights in a known layout.",
     ),
 ]
 Shape = Annotated[str | None, typer.Option("--shape", help="C,H,W of an image, for a file of weights.")]
@@ -189,6 +192,9 @@ def network_options(
     sides = parse_integers("--shape", shape, distinct=False) if shape else None
     if sides is not None and (len(sides) != 3 or min(sides) < 1):
         raise InputError(f"--shape {shape!r}: give channels, height and width, as 3,32,32")
+    if sides is not None:
+        # the trial of a network takes two
+        check_batch(f"--shape {shape}", 2, (sides[0], sides[1], sides[2]), "cpu")
     fields: dict[str, Any] = {}
     if schedule is not None:
         fields["beta_schedule"] = SCHEDULES[check_choice("--schedule", schedule, tuple(SCHEDULES))]
@@ -218,6 +224,39 @@ def resolve_kernels(value: str, device: str, compiled: bool = False) -> "KernelC
     from hsivi_cli.kernels.agreement import agrees
 
     return "triton" if choice == "triton" or agrees(torch.device(device)) else "torch"
+
+
+def check_batch(what: str, images: int, shape: tuple[int, int, int], device: str) -> None:
+    """Raise InputError, beginning with `what`, if so many images of this shape alone do not fit the memory of a CPU."""
+    from hsivi_cli.io.capacity import free_memory, human
+
+    needed = 4 * images * math.prod(shape)
+    if device == "cpu" and needed > (free := free_memory()):
+        size = "x".join(map(str, shape))
+        raise InputError(
+            f"{what}: {images} images of {size} alone take {human(needed)} of memory, and {human(free)} are free: "
+            f"{'give' if what.startswith('--shape') else 'give fewer or'} smaller ones (is --shape right?)"
+        )
+
+
+@contextmanager
+def from_config(ctx: typer.Context, name: str, config_file: Path | None) -> Iterator[None]:
+    """Add to an InputError where the relative path of the option `name` starts, if `--config` gave it."""
+    try:
+        yield
+    except InputError as err:
+        path = Path(str(ctx.params.get(name)))
+        source = ctx.get_parameter_source(name)
+        if config_file is None or source is None or source.name != "DEFAULT_MAP" or path.exists() or path.is_absolute():
+            raise
+        raise InputError(
+            f"{err} ({path} is from {config_file}: its head says which folder its paths are relative to, go there)"
+        ) from err
+
+
+def flags_of(plan: Iterable[str], others: Mapping[str, str]) -> dict[str, str]:
+    """How the settings of a run are called on the command line, for `check_run`: by their own name but for `others`."""
+    return {name: f"--{name.replace('_', '-')}" for name in plan} | dict(others)
 
 
 def parse_integers(flag: str, value: str, distinct: bool = True) -> list[int]:

@@ -21,10 +21,12 @@ def push(
     config_file: configuration.ConfigFile = None,
 ) -> None:
     """Upload a student to the Hugging Face hub with a model card, by huggingface_hub; log in first: hf auth login."""
+    from hsivi_cli.engine.run_view import refuse_unfinished
     from hsivi_cli.methods.publish import CARD, check_repository, push_student, staged
     from hsivi_cli.methods.student import load_student, select_student
 
     check_repository(repository)
+    refuse_unfinished(student, nfe)
     with console.guarded_stdout():  # of a user's own file
         model = load_student(select_student(student, nfe), "cpu", network)
     if dry_run:

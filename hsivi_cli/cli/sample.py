@@ -21,7 +21,9 @@ def sample(
             "Default: the shipped student, 'shipped'."
         ),
     ] = None,
-    nfe: Annotated[int | None, typer.Option("--nfe", min=1, help="Network evaluations an image.")] = None,
+    nfe: Annotated[
+        int | None, typer.Option("--nfe", min=1, help="Network evaluations an image; with --solver 10 by default.")
+    ] = None,
     n: Annotated[
         int | None, typer.Option("-n", "--num-samples", min=1, help="How many images (64), or draws (4000).")
     ] = None,

@@ -9,6 +9,18 @@ from hsivi_cli.cli import configuration, console, options
 from hsivi_cli.cli.training_progress import follow
 from hsivi_cli.engine import processes
 
+# settings that are not called as on the command line, and those that no option is the name of; see `check_run`
+OTHER_DATA = "the images of --data are not those it was begun with"
+FLAGS = {
+    "data.source": "--data",
+    "data.*": OTHER_DATA,
+    "unet.add_attention": "--attention",
+    "unet.layers_per_block": "--blocks",
+    "unet.*": "--channels",
+    **{f"unet.{name}": OTHER_DATA for name in ("sample_size", "in_channels", "out_channels")},
+    "schedule.*": "--schedule",
+}
+
 
 def train(
     ctx: typer.Context,
@@ -60,7 +72,8 @@ def train(
 
     device = options.image_device(device, threads)
     options.check_choice("--schedule", schedule, tuple(training.SCHEDULES))
-    images = read_images(data)
+    with options.from_config(ctx, "data", config_file):
+        images = read_images(data)
     pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
     shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
     try:
@@ -84,7 +97,9 @@ def train(
     )
     training.check_memory_of_step(shape, config)
     source = {"source": images.source, "sha256": images.sha256, "n": len(pixels)}
-    with processes.led(lambda: run_directory(out, training.resolved(config, source), resume)) as had_run:
+    plan = training.resolved(config, source)
+    flags = options.flags_of(plan.keys() - {"data", "unet", "schedule"}, FLAGS)
+    with processes.led(lambda: run_directory(out, plan, resume, flags)) as had_run:
         processes.from_main(lambda: configuration.keep_options(ctx, out, resume))
         if resume and not had_run:
             console.story(f"{out} holds no run yet: starting one")

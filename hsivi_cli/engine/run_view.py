@@ -14,6 +14,7 @@ from hsivi_cli.io.metrics_log import is_number, read_metrics
 from hsivi_cli.io.run_directory import CONFIG, LOCK, METRICS, REPORT
 
 Curve = list[tuple[int, float]]
+STUDENT = "hsivi.json"  # what a student's directory has
 FIRST = ("mismatch", "critic_error", "loss", "elbo")  # what a run is judged by; an FID comes next, then the rest
 _OF_THE_LOG = ("step", "seconds_per_step", "fisher", "critic_gap")
 
@@ -56,10 +57,37 @@ class RunView:
     finished: bool
 
 
+def refuse_unfinished(path: Path, nfe: int | None = None) -> None:
+    """Raise InputError, with how to go on, if `path` is a run of `train` or `distill` that wrote no network yet.
+
+    With `nfe`: a distillation that was to write that student and has not yet.
+    """
+    if not (path / CONFIG).is_file() or any((path / name).exists() for name in ("unet", STUDENT)):
+        return
+    config = read_json(path / CONFIG)
+    if isinstance(config.get("grids"), dict):
+        done = [k for k in config["grids"] if (path / f"nfe{k}" / STUDENT).is_file()]
+        if (done and nfe is None) or str(nfe) in done or (nfe is not None and str(nfe) not in config["grids"]):
+            return
+        command, what = "distill", "student" + (f" for NFE {nfe}" if done else "")
+    elif config.get("method") == "ddpm":
+        command, what = "train", "network"
+    else:
+        return
+    process = _writer(path)
+    way_on = (
+        f"go on with hsivi {command} ... --resume"
+        if process is None
+        else f"wait for process {process}, which writes it"
+    )
+    raise InputError(f"{path} is an unfinished run of hsivi {command}, which has no {what} yet: {way_on}")
+
+
 def view_run(path: Path) -> RunView:
     """Read a run of `distill`, `train` or `fit-posterior --save`; raises InputError if `path` is none."""
     if not path.is_dir():
-        raise InputError(f"{path} does not exist: name a run directory")
+        what = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}: name a run directory")
     places = [path / METRICS, *path.glob(f"training/[!.]*/{METRICS}"), *path.glob(f"compare/[!.]*/{METRICS}")]
     logs = [log.parent for log in places if log.is_file()]
     if not (path / CONFIG).is_file() and not logs:

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ def checkpoints(directory: Path) -> list[Path]:
     return found + [directory / CHECKPOINT] * (directory / CHECKPOINT).is_file()
 
 
-def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
+def check_run(directory: Path, config: dict[str, Any], resume: bool, flags: Mapping[str, str] | None = None) -> bool:
     """Whether `directory` holds a run to go on with; nothing is written.
+
+    `flags` says how settings of `config` are called on the command line, the parts of a nested one as `name.*`; what
+    does not begin with a dash is a whole sentence to say instead of the two values.
 
     Raises InputError if another process is writing it, if it is occupied and `resume` is not asked for, if it holds no
     run, or if the run's configuration differs; the message names every option that does. A run of the very same
@@ -66,7 +69,7 @@ def check_run(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     """
     if _occupied(directory):
         check_free(directory)
-    return _check(directory, config, resume)
+    return _check(directory, config, resume, flags or {})
 
 
 def check_free(directory: Path) -> None:
@@ -76,18 +79,20 @@ def check_free(directory: Path) -> None:
 
 
 @contextmanager
-def run_directory(directory: Path, config: dict[str, Any], resume: bool) -> Iterator[bool]:
+def run_directory(
+    directory: Path, config: dict[str, Any], resume: bool, flags: Mapping[str, str] | None = None
+) -> Iterator[bool]:
     """Hold `directory` for this process alone, with its resolved configuration in it; yields whether it held a run.
 
     Temporaries that a killed process left behind are removed. When the body fails before a checkpoint or a product was
     written, what is left of the run is removed with it; otherwise the error says how to go on. Raises InputError as
     `check_run` does, or if the directory cannot be written.
     """
-    check_run(directory, config, resume)
+    check_run(directory, config, resume, flags)
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         with lock_run(directory):
-            had_run = _check(directory, config, resume)  # again: now nobody else can change it
+            had_run = _check(directory, config, resume, flags or {})  # again: now nobody else can change it
             try:
                 if had_run:
                     sweep_temporaries(directory)
@@ -164,7 +169,7 @@ def _occupied(directory: Path) -> bool:
     return directory.exists() and (not directory.is_dir() or any(path.name != LOCK for path in directory.iterdir()))
 
 
-def _check(directory: Path, config: dict[str, Any], resume: bool) -> bool:
+def _check(directory: Path, config: dict[str, Any], resume: bool, flags: Mapping[str, str]) -> bool:
     if not _occupied(directory):
         return False
     if not (directory / CONFIG).is_file():
@@ -174,24 +179,39 @@ def _check(directory: Path, config: dict[str, Any], resume: bool) -> bool:
     if not resume and (changed or not all(_is_litter(path, directory) for path in _files(directory))):
         raise InputError(f"{directory} exists already: add --resume to go on with it, or choose another --out")
     if changed:
-        raise InputError(f"--resume: {_differences(before, config, directory)}: repeat the first command's options")
+        told = _differences(before, config, directory, flags)
+        options = any(" was " in line and ", now " in line for line in told)
+        way_on = "repeat the first command's options" if options else "name the first ones, or choose another --out"
+        raise InputError(f"--resume: {'; '.join(told)}: {way_on}")
     return True
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], directory: Path, prefix: str = "") -> str:
-    """Every setting that is not what it was, with both values, in one line."""
-    told = []
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], directory: Path, flags: Mapping[str, str], prefix: str = ""
+) -> list[str]:
+    """Every setting that is not what it was, with both values, in the words of `flags` (see `check_run`)."""
+    told: list[str] = []
     for key in sorted(before.keys() | now.keys()):
         was, value = before.get(key), now.get(key)
         if was == value:
             continue
-        if isinstance(was, dict) and isinstance(value, dict):
-            told.append(_differences(was, value, directory, "" if key == "source" else f"{prefix}{key}."))
+        known = flags.get(prefix + key) or flags.get(f"{prefix}*")
+        name = known or prefix + key
+        if known is not None and not known.startswith("-"):
+            told.append(known)
+        elif known and isinstance(was, dict) and isinstance(value, dict) and was.keys() != value.keys():
+            told.append(f"{name} was {','.join(was)}, now {','.join(value)}")
+        elif isinstance(was, dict) and isinstance(value, dict):
+            told += _differences(was, value, directory, flags, "" if key == "source" else f"{prefix}{key}.")
         elif key == "data":
             told.append(f"the data are not those that {directory} was begun with")
         else:
-            told.append(f"{prefix}{key} was {_short(was)}, now {_short(value)}")
-    return "; ".join(told)
+            told.append(f"{name} was {_short(was)}, now {_short(value)}")
+    # one option may stand behind several settings: its first tells enough
+    first: dict[str, str] = {}
+    for line in told:
+        first.setdefault(line.split(" was ")[0], line)
+    return list(first.values())
 
 
 def _short(value: Any) -> str:

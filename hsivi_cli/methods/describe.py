@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.io.exported import OPENED_BY, SavedProgram, saved_program
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.io.metrics_log import read_metrics
 from hsivi_cli.io.run_directory import CONFIG, METRICS, REPORT, checkpoints, is_posterior_fit
@@ -25,7 +26,7 @@ from hsivi_cli.targets.checkpoints.registry import recognise
 from hsivi_cli.targets.network_files import WEIGHTS
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, load_score_net
 
-KINDS = "a score network, a student, a run, a posterior fit, a .safetensors or .pt file, or an .npz of statistics"
+KINDS = "a score network, a student, a run, a posterior fit, a .safetensors, .pt or .pt2 file, or an .npz of statistics"
 METADATA = 400  # characters of a metadata field that are still worth showing
 _ARCHITECTURE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
 
@@ -37,6 +38,9 @@ def describe(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         facts = describe_safetensors(path)
         return describe_student_file(path) if KEY in facts["metadata"] else facts
+    program = saved_program(path)
+    if program is not None:
+        return describe_program(path, program)
     if path.suffix in PICKLED:
         return describe_pickled(path)
     if path.suffix == ".npz":
@@ -119,6 +123,17 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
     # a checkpoint's metadata is the tree of all that is in it: only its size is of interest here
     metadata = {key: text if len(text) <= METADATA else f"{len(text)} characters" for key, text in metadata.items()}
     return facts | {"parameters": elements, "metadata": metadata, "tensors": tensors}
+
+
+def describe_program(path: Path, program: SavedProgram) -> dict[str, Any]:
+    """Facts about a TorchScript or torch.export file: how it is opened and, if `hsivi export` wrote it, of what."""
+    fields = program.description
+    facts = {"kind": "program" if fields is None else "exported sampler", "path": str(path), "format": program.format}
+    facts |= {"opened_by": f"{OPENED_BY[program.format]}, which runs it"}
+    facts |= {} if fields is None else {"see": "assets/docs/students.md"}
+    own = {"format", "kind", "path", "sha256", "bytes", "opened_by", "see"}
+    described = {key: value for key, value in (fields or {}).items() if key not in own}
+    return facts | {"sha256": sha256(path), "bytes": path.stat().st_size} | described
 
 
 def describe_pickled(path: Path) -> dict[str, Any]:

@@ -116,14 +116,19 @@ def choose_format(out: Path, asked: str | None) -> str:
     return chosen
 
 
+def check_out(out: Path, force: bool) -> None:
+    """Raise InputError if `out` exists, unless `force`."""
+    if out.exists() and not force:
+        raise InputError(f"--out {out} exists already: choose another path or add --force")
+
+
 def export_student(student: Student, out: Path, kind: str, network: str | None = None, force: bool = False) -> Exported:
     """Write `student` to the file `out` as `kind` says, open it again, and compare.
 
     `network` is the `FILE:FUNCTION` of a user's own network. Raises InputError if `out` exists, unless `force`;
     RunError, and then nothing is written, if the student cannot be exported that way or the file draws other images.
     """
-    if out.exists() and not force:
-        raise InputError(f"--out {out} exists already: choose another path or add --force")
+    check_out(out, force)
     with atomic_file(out) as temporary:
         if kind == "safetensors":
             assert student.path is not None

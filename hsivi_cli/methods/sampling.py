@@ -14,13 +14,16 @@ from torch import Tensor
 
 from hsivi_cli.engine import processes
 from hsivi_cli.engine.optimisation import Precision, autocast
+from hsivi_cli.engine.run_view import refuse_unfinished
 from hsivi_cli.engine.seeds import PhiloxStreams
 from hsivi_cli.errors import InputError, RunError
+from hsivi_cli.io.exported import refuse_program
 from hsivi_cli.io.files import asset
 from hsivi_cli.kernels.choice import Kernels
 from hsivi_cli.kernels.convert import fused
 from hsivi_cli.methods.graphed import GraphedSampler, graphable
 from hsivi_cli.methods.student import DESCRIPTION, Student, find_students, load_student, sample_student, select_student
+from hsivi_cli.methods.student_file import OF_STUDENT
 from hsivi_cli.networks.compiled import CompiledNetwork
 from hsivi_cli.networks.noise_prediction import sample_labels
 from hsivi_cli.targets.score_net import SCHEDULER_PLACES, NetworkOptions, ScoreNet, load_score_net
@@ -72,8 +75,11 @@ def open_sampler(
     options = options or NetworkOptions()
     one_file = path is not None and path.is_file() and path.suffix == ".safetensors"  # of hsivi export, if of ours
     if path is not None and not path.is_dir() and not one_file and solver is None:
+        refuse_program(path, OF_STUDENT)
         what = "is a file" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}: name the directory of a student, of a run, or (with --solver) of a teacher")
+    if path is not None and solver is None:
+        refuse_unfinished(path, nfe)
     is_teacher = path is not None and any((path / place).is_file() for place in SCHEDULER_PLACES)
     if path is not None and (path / DESCRIPTION).is_file():
         is_teacher = False  # a student has a scheduler too, for diffusers

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.io.exported import refuse_program
 from hsivi_cli.io.files import parse_json, read_json, write_json
 from hsivi_cli.methods.student import DESCRIPTION, LOG_GAMMA
 from hsivi_cli.targets.network_files import CONFIG, WEIGHTS
 
 KEY = "hsivi"  # of the metadata: one JSON object
 PREFIX = "unet."
+OF_STUDENT = "name the student's directory, or the .safetensors of hsivi export"
 
 
 def write_student_file(student: Path, file: Path) -> None:
@@ -43,6 +45,7 @@ def write_student_file(student: Path, file: Path) -> None:
 
 def read_contents(file: Path) -> dict[str, Any]:
     """The JSON of a student file: `description`, `unet`, `unet_metadata`; raises InputError if it is no student's."""
+    refuse_program(file, OF_STUDENT)
     try:
         with safe_open(file, framework="pt") as header:
             contents = parse_json((header.metadata() or {})[KEY])

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hsivi_cli.bridges.schedule import NoiseSchedule, schedule_from_config
+from hsivi_cli.engine.run_view import refuse_unfinished
 from hsivi_cli.errors import InputError
 from hsivi_cli.io.files import read_json, sha256
 from hsivi_cli.networks.noise_prediction import class_count, predict_eps
@@ -82,7 +83,11 @@ def load_score_net(path: Path, device: str = "cpu", options: NetworkOptions | No
     home = path / "unet" if (path / "unet").is_dir() else path
     if not (home / "config.json").is_file() or (path / "hsivi.json").is_file():
         raise InputError(f"{path} is no score network: {_hint(path)}")
-    if home == path and "_class_name" not in read_json(home / "config.json"):
+    own = read_json(home / "config.json")
+    if home == path and "grids" in own:
+        raise InputError(f"{path} is no score network: it is a run of hsivi distill: name its teacher")
+    if home == path and "_class_name" not in own:
+        refuse_unfinished(path)
         raise InputError(f"{path} is no score network: its config.json describes no network: {NAME_IT}")
     scheduler = next((path / place for place in SCHEDULER_PLACES if (path / place).is_file()), None)
     if scheduler is None and not options.schedule:

@@ -187,7 +187,7 @@ def test_every_option_that_changed_is_told_and_what_may_change_does(distil, tmp_
     assert distil("run") == 0
     assert distil("run", "--resume", "--lr", "0.5", "--batch", "5", "--seed", "1") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    changes = "batch was 4, now 5; lr_student was 0.0001, now 0.5; seed was 0, now 1"
+    changes = "--batch was 4, now 5; --lr was 0.0001, now 0.5; --seed was 0, now 1"
     assert line == f"error: --resume: {changes}: repeat the first command's options"
     free = ["--keep", "5", "--preview-every", "3", "--threads", "1", "--kernels", "torch", "--device", "cpu"]
     assert distil("run", "--resume", *free) == 0

@@ -223,7 +223,36 @@ def test_resume_names_the_option_that_changed(teacher, tmp_path, capsys):
     arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(tmp_path / "run")]
     assert main(arguments) == 0
     assert main([*arguments, "--lr", "0.5", "--resume"]) == 2
-    assert "lr_student was 0.0001, now 0.5" in capsys.readouterr().err
+    assert "--lr was 0.0001, now 0.5" in capsys.readouterr().err
+    arguments[arguments.index("--nfe") + 1] = "2,3"
+    assert main([*arguments, "--resume", "--no-rollout-cache"]) == 2
+    assert "--nfe was 2, now 2,3; --rollout-cache was True, now False" in capsys.readouterr().err
+    arguments[arguments.index("--nfe") + 1] = "2"
+    assert main([*arguments, "--resume", "--grid", "0,100,700"]) == 2
+    assert "--grid was [0, 200, 800], now [0, 100, 700]" in capsys.readouterr().err
+
+
+def test_resume_says_that_the_teacher_or_the_data_changed(teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    plan = json.loads((teacher / "config.json").read_text())
+    changed = plan | {"data": plan["data"] | {"sha256": "0"}, "unet": plan["unet"] | {"layers_per_block": 9}}
+    shutil.copytree(teacher, run)
+    (run / "config.json").write_text(json.dumps(changed))
+    assert main([*TRAIN, "--out", str(run), "--resume", "--channels", "16"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    told = "the images of --data are not those it was begun with; --channels was [16, 32], now [16]; --blocks was 9"
+    assert told in line
+    shutil.rmtree(run)
+    arguments = ["distill", "--score-net", str(teacher), "--nfe", "2", "--steps", "1", "--batch", "4"]
+    arguments += ["--critic-steps", "1", "--preview-every", "0", "--out", str(run)]
+    assert main(arguments) == 0
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_sha256": "0"}))
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the teacher is not what it was: --score-net's weights, its schedule or --network's file changed" in line
+    assert line.endswith(": name the first ones, or choose another --out")
 
 
 def test_resume_clears_what_a_kill_left_behind(teacher, tmp_path, capsys):
@@ -262,7 +291,7 @@ def test_a_teacher_that_changed_is_not_resumed(teacher, tmp_path, capsys):
     config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
     (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"beta_end": 0.03}))
     assert main([*arguments, "--score-net", str(other), "--resume"]) == 2
-    assert "teacher_sha256" in capsys.readouterr().err
+    assert "the teacher is not what it was" in capsys.readouterr().err
 
 
 def test_training_data_that_does_not_fit(tmp_path, capsys):

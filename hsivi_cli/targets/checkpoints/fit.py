@@ -45,7 +45,9 @@ class Fitted:
         if self.added:
             notes.append(f"The prefix {self.added!r} was put before the names in the file.")
         if self.unexpected:
-            notes.append(f"{len(self.unexpected)} tensors of the file were not used: {_some(self.unexpected)}.")
+            n = len(self.unexpected)
+            told = "1 tensor of the file was" if n == 1 else f"{n} tensors of the file were"
+            notes.append(f"{told} not used: {_some(self.unexpected)}.")
         return tuple(notes)
 
 

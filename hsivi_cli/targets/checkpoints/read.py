@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.io.exported import refuse_program
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 MAX_DEPTH = 8
@@ -53,6 +54,7 @@ def read_tensors(path: Path) -> ForeignTensors:
         raise InputError(f"{path} is a directory: name the file with the weights")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    refuse_program(path, "name a file of weights, or the directory of a network (of a student: that of its teacher)")
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         tree: Any = _read_safetensors(path)
