@@ -136,7 +136,9 @@ def export_student(student: Student, out: Path, kind: str, network: str | None =
         else:
             write = write_torchscript if kind == "torchscript" else write_torch_export
             write(student, temporary)
-        difference = largest_difference(student, open_exported(temporary, kind, student, network))
+        run = open_exported(temporary, kind, student, network)
+        with _told(kind):  # a program that was made for one batch size fails at another
+            difference = largest_difference(student, run)
         if not difference <= TOLERANCE:
             raise RunError(f"{out} was not written: opened again, its images are {difference:.3g} from the student's")
         size, digest = temporary.stat().st_size, sha256(temporary)
@@ -237,9 +239,10 @@ def _told(kind: str) -> Iterator[None]:
     except (InputError, RunError, OSError, MemoryError):
         raise
     except Exception as err:  # whatever the tracers raise
-        reason = " ".join(str(err).split())[:200]
+        # of a program that fails, the last line is the reason, after pages of where
+        reason = " ".join((str(err).strip().splitlines() or [""])[-1 if kind == "torchscript" else 0].split())[:200]
         other = "torchscript" if kind == "torch-export" else "torch-export"
         raise RunError(
-            f"this network cannot be exported as {kind}: try --format {other} or safetensors "
-            f"({type(err).__name__}: {reason})"
+            f"this network cannot be exported as {kind}: try --format {other} or safetensors, and x.shape[0] for "
+            f"len(x), which makes the batch's size a constant ({type(err).__name__}: {reason})"
         ) from err

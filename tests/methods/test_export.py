@@ -132,6 +132,27 @@ def test_a_network_that_cannot_be_traced(tiny_student, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["torchscript", "torch-export"])
+def test_a_network_that_makes_the_batch_a_constant(tiny_student, tmp_path, kind):
+    class Fixed(nn.Module):
+        config = {"in_channels": 1, "sample_size": 8}  # noqa: RUF012
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1, 8))
+
+        def forward(self, x, t):
+            n = len(x)
+            return x * self.weight.expand(n, 8).reshape(n, 1, 1, 8)
+
+    student = load_student(tiny_student)
+    student = Student(Fixed(), student.log_gamma, student.grid, student.eta, student.schedule, {})
+    with pytest.raises(RunError, match="len") as caught:
+        export_student(student, tmp_path / "s.pt", kind)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_endings_and_formats(tmp_path, tiny_student):
     for name, kind in (("a.pt", "torchscript"), ("a.pt2", "torch-export"), ("a.safetensors", "safetensors")):
         assert choose_format(tmp_path / name, None) == kind
