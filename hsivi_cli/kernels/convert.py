@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -156,14 +155,15 @@ def unfuse(unet: "UNet2DModel") -> None:
 
 
 @contextmanager
-def fused(unet: "UNet2DModel", kernels: Kernels = "auto", channels_last: bool = False) -> Iterator["UNet2DModel"]:
-    """The UNet with fused modules, and its own again afterwards; the weights' memory format stays `channels_last`.
+def fused(unet: "UNet2DModel", kernels: Kernels = "auto") -> Iterator["UNet2DModel"]:
+    """The UNet with fused modules, and its own again afterwards; with "torch" nothing is swapped.
 
     The weights must not change meanwhile.
     """
+    if kernels == "torch":
+        yield unet
+        return
     fuse(unet, kernels)
-    if channels_last:
-        unet.to(memory_format=torch.channels_last)
     for module in unet.modules():
         if isinstance(module, FusedUpsample2D) and next(module.parameters()).device.type == "cpu":
             module.kernel = summed_kernel(convolution_of(module).weight.detach())

@@ -18,7 +18,7 @@ from torch import Tensor
 from hsivi_cli.engine.optimisation import Precision, autocast
 from hsivi_cli.engine.seeds import PhiloxStreams, Stream, generator
 from hsivi_cli.kernels.choice import Kernels, triton_can_run
-from hsivi_cli.kernels.convert import fuse, fused
+from hsivi_cli.kernels.convert import fused
 from hsivi_cli.methods import hsivi_sm
 from hsivi_cli.methods.sampling import to_uint8
 from hsivi_cli.methods.student import Student, sample_student, walk_fused
@@ -33,7 +33,7 @@ LOSSES = ("critic_loss", "student_loss", "fisher", "critic_gap")
 class SameImages:
     """The same `n` seeds drawn with and without kernels: how far apart they are in grey levels, and the FID of each.
 
-    `with_kernels` is "triton", or "torch" for the references; `moved` the share of values that differ at all.
+    `with_kernels` is "triton", or "auto" for the references; `moved` the share of values that differ at all.
     """
 
     with_kernels: Kernels
@@ -58,7 +58,7 @@ class SameLosses:
 
 def side(student: Student) -> Kernels:
     """What stands for the kernels on this student's device."""
-    return "triton" if triton_can_run(student.log_gamma) else "torch"
+    return "triton" if triton_can_run(student.log_gamma) else "auto"
 
 
 def same_images(student: Student, n: int, batch: int, precision: Precision, fid: Fid | None = None) -> SameImages:
@@ -104,9 +104,6 @@ def same_losses(
             student.grid, steps, objective, batch=batch, precision=precision, device=str(device), kernels=chosen
         )
         state = hsivi_sm.init(teacher, config)
-        if not logs:  # where Triton cannot run, `init` has left the networks as they are
-            for network in (state.student, state.critic, state.teacher.unet):
-                fuse(network, kernels)
         draws = [generator(config.seed, Stream.TRAIN, i + 1) for i in range(steps)]
         logs.append([hsivi_sm.step(state, None, drawn) for drawn in draws])
     found = {}

@@ -1,6 +1,5 @@
 """A student's whole chain as one CUDA graph: captured once for a batch size, replayed for other noise streams."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +79,7 @@ class GraphedChain:
 
         if channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        with torch.no_grad(), fused(self.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
+        with torch.no_grad(), fused(self.unet, kernels):
             self.replay = capture(walk, device)
 
     @torch.no_grad()

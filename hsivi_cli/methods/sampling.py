@@ -1,6 +1,5 @@
 """Images from a student or from a solver on its teacher, behind one small object, so that both are measured alike."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -194,7 +193,7 @@ def solver_sampler(
                 return score_net.eps(x, t, labels)
 
         draw = lambda: noise.draw(score_net.shape, device)  # noqa: E731
-        with fused(score_net.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
+        with fused(score_net.unet, kernels):
             return solve(eps, score_net.schedule, solver, nfe, spacing, draw, order, clip)
 
     recipe = [spacing] + ([f"order {order}"] if order else []) + (["clipped"] if clip else [])

@@ -112,7 +112,7 @@ def sample_student(
             return predict_eps(student.unet, x, t, student.schedule, labels)
 
     log_gamma = student.log_gamma.to(device)
-    with fused(student.unet, kernels) if kernels != "torch" else contextlib.nullcontext():
+    with fused(student.unet, kernels):
         if use_triton(kernels, first):
             return walk_fused(eps, log_gamma, student.layers, student.shape, noise, kernels, pixels)
         return walk_chain(eps, log_gamma, student.layers, lambda: noise.draw(student.shape, device))

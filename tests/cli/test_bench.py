@@ -66,7 +66,7 @@ def test_same_images_and_losses(tiny_student, capsys):
     argv = ["bench", str(tiny_student), "--what", "same", "--batch", "3", "--images", "7", "--steps", "2"]
     assert main([*argv, "--device", "cpu", "--json"]) == 0
     images, losses = json.loads(capsys.readouterr().out)["same"]
-    assert (images["n"], images["with_kernels"], images["fid_with"]) == (7, "torch", None)
+    assert (images["n"], images["with_kernels"], images["fid_with"]) == (7, "auto", None)
     assert images["max_difference"] <= 1
     assert losses["steps"] == 2
     assert set(losses["max_relative_difference"]) == {"critic_loss", "student_loss", "fisher", "critic_gap"}

@@ -41,7 +41,8 @@ def test_a_unet_with_kernels(conditioning, channels_last, monkeypatch):
     calls = []
     real = group_norm_silu.GroupNormSiLU.apply
     monkeypatch.setattr(group_norm_silu.GroupNormSiLU, "apply", lambda *a: calls.append(1) or real(*a))
-    with fused(unet, "triton", channels_last) as network:
+    unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    with fused(unet, "triton") as network:
         after = run(network, channels_last)
     assert len(calls) == sum("norm" in name and name.endswith("weight") for name, _ in unet.named_parameters())
     for got, want in zip(after, before, strict=True):
