@@ -3,8 +3,10 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import typer
 
@@ -82,9 +84,25 @@ def _check_outputs(arguments: Sequence[str]) -> None:
             raise InputError(f'{flag} "" is empty: name what to write')
 
 
-def _bug(err: Exception) -> int:
+def _bug(err: Exception, arguments: Sequence[str]) -> int:
+    if (own := _own_network(err, arguments)) is not None:
+        console.error(own)
+        return InputError.exit_code
     console.error(f"this is a bug in hsivi {hsivi_cli.__version__}: please report the lines above", err)
     return 1
+
+
+def _own_network(err: Exception, arguments: Sequence[str]) -> str | None:
+    """What a user's own network, which was well at its trial, raised later; None if it was not that."""
+    given = [value for flag, value in pairwise(arguments) if flag == "--network"]
+    given += [argument.removeprefix("--network=") for argument in arguments if argument.startswith("--network=")]
+    files = {Path(value if value.endswith(".py") else value.rpartition(":")[0]).resolve() for value in given}
+    frames = [f.filename for f in traceback.extract_tb(err.__traceback__) if Path(f.filename).resolve() in files]
+    if not frames:
+        return None
+    from hsivi_cli.targets.model_calls import describe
+
+    return f"--network {given[-1]}: the network raised {describe(err, *frames)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (MemoryError, RuntimeError) as err:
         if not isinstance(err, MemoryError) and "out of memory" not in str(err) and "allocate memory" not in str(err):
-            return _bug(err)
+            return _bug(err, arguments)
         shaped = any(argument.split("=")[0] == "--shape" for argument in arguments)
         images = ", or give smaller images (is --shape right?)" if shaped else ""
         console.error(
@@ -126,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except Exception as err:
-        return _bug(err)
+        return _bug(err, arguments)
     if code == InterruptError.exit_code:  # typer has taken Ctrl-C for its own
         console.error(INTERRUPTED)
     return code if isinstance(code, int) else 0

@@ -194,7 +194,7 @@ def network_options(
         raise InputError(f"--shape {shape!r}: give channels, height and width, as 3,32,32")
     if sides is not None:
         # the trial of a network takes two
-        check_batch(f"--shape {shape}", 2, (sides[0], sides[1], sides[2]), "cpu")
+        check_shape((sides[0], sides[1], sides[2]))
     fields: dict[str, Any] = {}
     if schedule is not None:
         fields["beta_schedule"] = SCHEDULES[check_choice("--schedule", schedule, tuple(SCHEDULES))]
@@ -226,16 +226,16 @@ def resolve_kernels(value: str, device: str, compiled: bool = False) -> "KernelC
     return "triton" if choice == "triton" or agrees(torch.device(device)) else "torch"
 
 
-def check_batch(what: str, images: int, shape: tuple[int, int, int], device: str) -> None:
-    """Raise InputError, beginning with `what`, if so many images of this shape alone do not fit the memory of a CPU."""
+def check_shape(shape: tuple[int, int, int]) -> None:
+    """Raise InputError, before a network is tried with two images of this shape, if these alone do not fit memory."""
     from hsivi_cli.io.capacity import free_memory, human
 
-    needed = 4 * images * math.prod(shape)
-    if device == "cpu" and needed > (free := free_memory()):
-        size = "x".join(map(str, shape))
+    needed = 4 * 2 * math.prod(shape)
+    if needed > (free := free_memory()):
+        given, size = ",".join(map(str, shape)), "x".join(map(str, shape))
         raise InputError(
-            f"{what}: {images} images of {size} alone take {human(needed)} of memory, and {human(free)} are free: "
-            f"{'give' if what.startswith('--shape') else 'give fewer or'} smaller ones (is --shape right?)"
+            f"--shape {given}: 2 images of {size} alone take {human(needed)} of memory, and {human(free)} are free: "
+            "give smaller ones"
         )
 
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from hsivi_cli.cli import options
 from hsivi_cli.cli.app import main
-from hsivi_cli.errors import InputError
 from hsivi_cli.io import capacity
 
 
@@ -38,10 +38,7 @@ def test_images_larger_than_memory(tiny_teacher, capsys, monkeypatch):
         "--shape 1,999,999: 2 images of 1x999x999 alone take 7.614 MiB of memory, and 1 MiB are free: give sm" in line
     )
     line = refused(capsys, "distill", "--score-net", tiny_teacher, "--batch", "9999", "--dry-run", "--device", "cpu")
-    assert "--batch 9999: 9999 images of 1x8x8 alone" in line
-    options.check_batch("--batch 9999", 9999, (1, 8, 8), "cuda")  # has memory of its own
-    with pytest.raises(InputError):
-        options.check_batch("--batch 9999", 9999, (1, 8, 8), "cpu")
+    assert "--batch 9999 takes 19.6 MiB of memory, and 1 MiB are free: ask for fewer" in line
 
 
 def test_out_of_memory_names_the_shape_where_one_was_given(tmp_path, capsys, monkeypatch):
@@ -113,3 +110,18 @@ def test_help_says_the_defaults(capsys):
     for command, told in (("sample", "with --solver 10 by default"), ("distill", "means its function build")):
         assert main([command, "--help"]) == 0
         assert told in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_own_network_that_fails_late_is_told_with_its_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "late.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Conv2d):\n    def forward(self, x, t):\n        if int(t[0]) > 5:\n"
+        "            raise KeyError('no such time')\n        return super().forward(x)\n\n\n"
+        "def build():\n    return Net(1, 1, 3, padding=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Conv2d(1, 1, 3).state_dict(), "w.pt")
+    argv = ["sample", "w.pt", "--solver", "ddim", "--nfe", 2, "-n", 1, "--shape", "1,4,4", "--schedule", "linear"]
+    for network in (["--network", "late.py:build"], ["--network=late.py"]):
+        line = refused(capsys, *argv, *network, "--out", "a.png")
+        assert "the network raised KeyError: 'no such time' (late.py, line 7)" in line
+    assert not (tmp_path / "a.png").exists()
