@@ -40,18 +40,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("distill")(distill.distill)
-app.command("sample")(sample.sample)
-app.command("evaluate")(evaluate.evaluate)
-app.command("fit-posterior")(fit_posterior.fit_posterior)
-app.command("export")(export.export)
-app.command("push")(push.push)
-app.command("watch")(watch.watch)
-app.command("inspect")(inspect.inspect)
-app.command("bench")(bench.bench)
-app.command("config", context_settings={"ignore_unknown_options": True})(config.config)
-app.command("env")(env.env)
+app.command("train", short_help="Train a small score network from images.")(train.train)
+app.command("distill", short_help="Turn a score network into few-step samplers, without data.")(distill.distill)
+app.command("sample", short_help="Draw images in a few evaluations, or from a saved fit.")(sample.sample)
+app.command("evaluate", short_help="FID and its siblings, with the protocol stated.")(evaluate.evaluate)
+app.command("fit-posterior", short_help="Fit a posterior, and say whether to trust it.")(fit_posterior.fit_posterior)
+app.command("export", short_help="Write a student to one file for other tools.")(export.export)
+app.command("push", short_help="Upload a student to the Hugging Face hub.")(push.push)
+app.command("watch", short_help="Curves of a run, as it goes.")(watch.watch)
+app.command("inspect", short_help="What a checkpoint, run or fit is.")(inspect.inspect)
+app.command("bench", short_help="How fast this machine is, beside the peers.")(bench.bench)
+app.command(
+    "config",
+    short_help="The options of a command or run, as a file.",
+    context_settings={"ignore_unknown_options": True},
+)(config.config)
+app.command("env", short_help="Versions and devices, for a bug report.")(env.env)
 
 
 def _version(value: bool) -> None:

@@ -76,7 +76,7 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile/--no-compile",
-        help="torch.compile the networks: a minute to start, then faster, on a CPU by a tenth.",
+        help="torch.compile the networks: a minute to start, then faster, on a CPU by a twentieth.",
     ),
 ]
 Kernels = Annotated[
