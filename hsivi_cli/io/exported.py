@@ -3,13 +3,13 @@
 `hsivi export` writes such files with a description beside the program, in the extra file `hsivi.json`.
 """
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hsivi_cli.errors import InputError
+from hsivi_cli.io.files import parse_json
 
 DESCRIPTION = "hsivi.json"  # as in a student's directory
 MAX_DESCRIPTION = 2**22  # bytes; what hsivi writes has a few thousand
@@ -61,8 +61,8 @@ def _description(archive: zipfile.ZipFile, name: str, path: Path) -> dict[str, A
     if archive.getinfo(name).file_size > MAX_DESCRIPTION:
         raise InputError(broken)
     try:
-        fields = json.loads(archive.read(name))
-    except (ValueError, RecursionError, zipfile.BadZipFile) as err:
+        fields = parse_json(archive.read(name).decode())
+    except (ValueError, zipfile.BadZipFile) as err:
         raise InputError(broken) from err
     if not isinstance(fields, dict):
         raise InputError(broken)
