@@ -6,6 +6,7 @@ with the batch size or the number of processes. Images draw by `PhiloxStreams` o
 can; posteriors draw by numpy's `NoiseStreams` on the CPU.
 """
 
+import math
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hsivi_cli.kernels.choice import Kernels
     from hsivi_cli.kernels.philox import Draw
 
+AHEAD = 2**16  # numbers of all samples that are drawn ahead at most
 ROWS = 2**32  # what a training step's rows are counted below; steps are the word above
 
 
@@ -76,6 +78,7 @@ class PhiloxStreams:
         self.indices = list(indices)
         self.streams = make_streams(seed, self.indices, device)
         self._drawn = 0
+        self._ahead: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def __len__(self) -> int:
         """How many samples."""
@@ -89,16 +92,25 @@ class PhiloxStreams:
     def rewind(self) -> None:
         """Begin again with draw number 0."""
         self._drawn = 0
+        self._ahead.clear()
 
     def draw(
         self, shape: tuple[int, ...], device: torch.device | str | None = None, kernels: "Kernels" = "torch"
     ) -> Float[Tensor, " n *shape"]:
         """The next noise of every sample, shape `(n, *shape)`, float32; the streams move to `device` and stay there."""
-        from hsivi_cli.kernels.philox import normals
+        from hsivi_cli.kernels.philox import normals, normals_of_layers
 
         if device is not None:
             self.streams = self.streams.to(device)
-        return normals(self.streams, self.take(), shape, kernels=kernels)
+        number = self.take()
+        few = AHEAD // max(len(self) * math.prod(shape), 1)
+        if kernels != "torch" or few < 2:
+            return normals(self.streams, number, shape, kernels=kernels)
+        if (number, shape) not in self._ahead:  # small draws cost their operations alone: some are made in one go
+            layers = range(number, number + min(few, 16))
+            drawn = normals_of_layers(self.streams, layers, shape)
+            self._ahead = {(layer, shape): noise for layer, noise in zip(layers, drawn, strict=True)}
+        return self._ahead.pop((number, shape)).to(self.streams.device)
 
 
 class StepDraws:

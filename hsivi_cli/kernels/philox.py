@@ -92,15 +92,21 @@ def normals(
     """
     if dtype == torch.float32 and math.prod(shape) <= MOST and use_triton(kernels, streams):
         return normals_triton(streams, layer, shape)
-    elements = math.prod(shape)
-    blocks = (elements + 3) // 4
-    block = torch.arange(blocks, device=streams.device)[None]
+    return normals_of_layers(streams, range(layer, layer + 1), shape, dtype)[0]
+
+
+def normals_of_layers(
+    streams: Int64[Tensor, "n 2"], layers: range, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " k n *shape"]:
+    """As `normals`, of several layers at once: no more operations than for one."""
+    elements, device = math.prod(shape), streams.device
+    block = torch.arange((elements + 3) // 4, device=device)
+    layer = torch.arange(layers.start, layers.stop, layers.step, device=device)[:, None, None]
     seed, index = streams[:, :1], streams[:, 1:]
     key = (seed & MASK, (seed >> 32) & MASK)
-    counter = (block, torch.full_like(seed, layer), index & MASK, (index >> 32) & MASK)
-    words = philox4x32(counter, key)
+    words = philox4x32((block, layer, index & MASK, (index >> 32) & MASK), key)
     lanes = [*box_muller(words[0], words[1], dtype), *box_muller(words[2], words[3], dtype)]
-    return torch.cat(lanes, 1)[:, :elements].reshape(-1, *shape)
+    return torch.cat(lanes, 2)[..., :elements].reshape(len(layers), len(streams), *shape)
 
 
 @jit()

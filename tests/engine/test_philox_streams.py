@@ -48,3 +48,18 @@ def test_no_step_shares_a_stream_with_the_images_of_its_seed(step):
     streams = make_draws(step).take(range(128)).streams
     assert bool((streams[:, 1] >= 2**32).all())
     assert streams[:, 1].tolist() == [step * 2**32 + row for row in range(128)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 28, 28), (3, 150, 150)])  # many ahead, a few, none
+def test_what_is_drawn_ahead_is_the_noise_of_its_number(shape):
+    noise = PhiloxStreams(3, [1, 5])
+    for number in range(18):
+        if number in (2, 9):  # a kernel takes this one
+            assert noise.take() == number
+        else:
+            assert torch.equal(noise.draw(shape), normals(noise.streams, number, shape))
+    other = noise.draw((2, 2))
+    assert torch.equal(other, normals(noise.streams, 18, (2, 2)))
+    noise.streams.copy_(PhiloxStreams(4, [0, 2]).streams)  # as a graph does it
+    noise.rewind()
+    assert torch.equal(noise.draw(shape), normals(noise.streams, 0, shape))
