@@ -154,7 +154,6 @@ def image_device(device: str, threads: int = 0) -> str:
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...]) -> str:
     """Return `value` if it is one of `choices`; otherwise raise InputError naming them."""
-
     if value not in choices:
         raise InputError(f"{flag} {value!r} is unknown: choose from {', '.join(choices)}")
     return value
@@ -193,7 +192,6 @@ def network_options(
     if sides is not None and (len(sides) != 3 or min(sides) < 1):
         raise InputError(f"--shape {shape!r}: give channels, height and width, as 3,32,32")
     if sides is not None:
-        # the trial of a network takes two
         check_shape((sides[0], sides[1], sides[2]))
     fields: dict[str, Any] = {}
     if schedule is not None:

@@ -38,8 +38,8 @@ def time_sides(
 
     Each round starts with another side. `inner` calls are timed together, for calls too short for the clock. A side
     whose work is done by another process has `cpu_seconds()` to say what that has spent; one that does many calls in
-    one has them as `calls`. A side that raises in its
-    first calls is told to `failed(side, error)` and left out; without `failed` it ends all.
+    one has them as `calls`. A side that raises in its first calls is told to `failed(side, error)` and left out;
+    without `failed` it ends all.
     """
     names = []
     for name, side in sides.items():
@@ -54,7 +54,7 @@ def time_sides(
             failed(name, err)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(repeats):
+    for turn in range(repeats if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             side = sides[name]
             cpu_clock: Callable[[], float] = getattr(side, "cpu_seconds", time.process_time)

@@ -27,6 +27,7 @@ from hsivi_cli.transitions.gaussian_layer import comparison_rows, layer_coeffici
 CIFAR = (128, 32, 32)  # an activation of the CIFAR-10 DDPM UNet's first level, the largest it has
 GROUPS, EPS = 32, 1e-6
 CACHE = 2**27  # more bytes than a GPU's cache has: the rotating inputs fill it, so that none is left there
+CALLS = 50  # in a graph: next to them its launch, and the wait for its end, are short
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 Side = Callable[[int], Any]
@@ -47,11 +48,13 @@ def kernel_cases(
 ) -> Iterator[Case]:
     """Every kernel at the largest activation of the CIFAR UNet, on inputs that no cache still holds.
 
-    On a GPU one call a rotating input is captured as a CUDA graph: the GPU's time is measured, and not Python's.
+    On a GPU a call a rotating input, and CALLS at least, is captured as a CUDA graph: the GPU's time is measured, and
+    not Python's.
     """
     for case in eager_cases(device, batch, precision, compiled, shape):
         if device.type == "cuda":
-            case = dataclasses.replace(case, sides={n: Captured(s, case.inner, device) for n, s in case.sides.items()})
+            calls = max(case.inner, CALLS)
+            case = dataclasses.replace(case, sides={n: Captured(s, calls, device) for n, s in case.sides.items()})
         yield case
 
 

@@ -48,6 +48,7 @@ def test_a_side_that_fails_is_left_out_and_told():
     assert told == [("broken", "out of memory")]
     with pytest.raises(RuntimeError, match="out of memory"):
         time_sides(sides, 2, CPU)
+    assert time_sides({"broken": broken}, 2, CPU, failed=lambda name, error: None) == {}
 
 
 def test_a_side_may_do_many_calls_in_one_or_work_elsewhere():
